@@ -1,0 +1,419 @@
+"""`weft.toml` and its environment overrides, read once into one frozen value.
+
+Promise: a key that is not a setting, and a value that is not allowed, are errors that name the source, the
+key and what is allowed; paths come back absolute, relative ones taken from the file's folder. Left to others:
+which settings a process cannot do without (`required=`), and reading any file that a setting names.
+
+A variable `WEFT_<SECTION>__<KEY>` overrides a key (`WEFT_STORE__READERS=8`, `WEFT_REGIONS__US_EAST__URL=…`,
+`WEFT__REGION=us-east`); names without `__` are not settings. Lists are written with commas or as JSON, tables
+as JSON.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, Literal, TypeGuard, TypeVar, cast, get_args, get_origin
+from urllib.parse import urlsplit
+
+import msgspec
+import orjson
+from msgspec import Meta, Struct, structs
+
+ENV_PREFIX: Final = "WEFT_"
+ENV_SEPARATOR: Final = "__"
+
+# Never a symmetric one: a public key must not become a shared secret (RFC 8725 §3.1).
+ALGORITHMS: Final = (
+    "ES256", "ES384", "ES512", "EdDSA", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
+)  # fmt: skip
+NEVER_PUBLIC: Final = ("/api", "/v1", "/peer")
+_NAMED_TABLES: Final = (["regions"], ["models", "providers"])
+
+AnyStruct = TypeVar("AnyStruct", bound=Struct)
+
+
+class SettingsError(Exception):
+    """A setting that cannot be; the text is one line naming the source, the key and what is allowed."""
+
+
+# The kinds of value. A description completes "allowed: …"; `extra["parse"]` checks and normalises what was
+# read.
+
+
+def host_port(listen: str) -> tuple[str, int]:
+    """`127.0.0.1:8500` or `[::1]:8500` in two parts; ValueError when it is neither."""
+    host, colon, port = listen.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not colon or not host or (":" in host and not bracketed):
+        raise ValueError("no host and port")
+    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ValueError("no port from 0 to 65535")
+    return (host[1:-1] if bracketed else host), int(port)
+
+
+def _listen(value: str) -> str:
+    host_port(value)
+    return value
+
+
+def _url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("not an http(s) address")
+    _ = parts.port  # raises ValueError for a port that is none
+    return value.rstrip("/")
+
+
+def _url_or_nothing(value: str) -> str:
+    return _url(value) if value else ""
+
+
+def _public(value: str) -> str:
+    if not value.startswith("/"):
+        raise ValueError("no leading slash")
+    if any(value == root or value.startswith(root + "/") for root in NEVER_PUBLIC):
+        raise ValueError("never public")
+    return value
+
+
+Text = Annotated[str, Meta(min_length=1, description="text that is not empty")]
+Name = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z",
+        description="lower-case letters, digits and inner dashes",
+    ),
+]
+Url = Annotated[str, Meta(description="an http:// or https:// address without a query", extra={"parse": _url})]
+OptionalUrl = Annotated[
+    str,
+    Meta(description="an http:// or https:// address, or nothing", extra={"parse": _url_or_nothing}),
+]
+Listen = Annotated[str, Meta(description="host:port, the port from 0 to 65535", extra={"parse": _listen})]
+Seconds = Annotated[float, Meta(gt=0, le=86_400, description="seconds, over 0 and at most 86400")]
+SecondsOrNone = Annotated[float, Meta(ge=0, le=86_400, description="seconds, from 0 to 86400")]
+Bytes = Annotated[int, Meta(ge=1024, le=1 << 40, description="a number of bytes, at least 1024")]
+Count = Annotated[int, Meta(ge=1, le=1 << 31, description="a whole number, at least 1")]
+Processes = Annotated[int, Meta(ge=1, le=256, description="a whole number from 1 to 256")]
+PublicPrefix = Annotated[
+    str,
+    Meta(description="path prefixes that begin with / (never /api, /v1 or /peer)", extra={"parse": _public}),
+]
+Algorithm = Annotated[
+    Literal["ES256", "ES384", "ES512", "EdDSA", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"],
+    Meta(description="among " + ", ".join(ALGORITHMS)),
+]
+
+
+class RegionSettings(Struct, frozen=True):
+    url: Url
+    """Where peers and edges reach the region; may be a load balancer."""
+
+
+class ServerSettings(Struct, frozen=True):
+    listen: Listen = "127.0.0.1:8500"
+    body_bytes_max: Bytes = 16 * 1024 * 1024
+    drain_s: SecondsOrNone = 10.0
+
+
+class StoreSettings(Struct, frozen=True):
+    engine: Literal["sqlite", "dynamodb"] = "sqlite"
+    path: Path = Path("data")
+    """The folder of SQLite's files and of bodies."""
+    table: Text = "weft-threads"
+    bucket: str = ""
+    queue_prefix: str = ""
+    aws_region: str = ""
+    endpoint_url: OptionalUrl = ""
+    readers: Processes = 4
+    """Connections that read; one more writes."""
+    queue_max: Count = 4096
+    """Writes that may wait."""
+    queue_deadline_s: Seconds = 5.0
+    body_file_bytes: Bytes = 256 * 1024
+    """A larger message body is a file of its own."""
+    feed_rows_max: Count = 1_000_000
+
+
+class SyncSettings(Struct, frozen=True):
+    durability: Literal["region", "quorum", "all"] = "region"
+    failover: Literal["manual", "auto"] = "manual"
+    failover_after_s: Seconds = 10.0
+    peer_key_file: Path = Path("peer.key")
+    batch_bytes_max: Bytes = 1024 * 1024
+    requests_in_flight: Count = 4
+    heartbeat_s: Seconds = 1.0
+    pending_wait_s: SecondsOrNone = 1.0
+    """How long a deletion or a narrowed visibility waits for the other regions."""
+    write_timeout_s: Seconds = 10.0
+
+
+class EdgeSettings(Struct, frozen=True):
+    listen: Listen = "127.0.0.1:8400"
+    origins: tuple[Url, ...] = ()
+    workers: Processes = 1
+    public: tuple[PublicPrefix, ...] = ()
+    assets: Path | None = None
+    listing_ttl_s: SecondsOrNone = 5.0
+    listing_bytes_max: Bytes = 64 * 1024 * 1024
+    drain_s: SecondsOrNone = 10.0
+    origin_timeout_s: Seconds = 30.0
+
+
+class IssuerSettings(Struct, frozen=True):
+    issuer: Text
+    audience: Text
+    jwks_url: OptionalUrl = ""
+    jwks_file: Path | None = None
+    algorithms: tuple[Algorithm, ...] = ("ES256", "EdDSA", "RS256")
+
+
+class AuthSettings(Struct, frozen=True):
+    issuers: tuple[IssuerSettings, ...] = ()
+
+
+class ProviderSettings(Struct, frozen=True):
+    base_url: Url
+    api_key_env: str = ""
+    """The name of the variable that holds the key; the key itself is never a setting."""
+
+
+class ModelsSettings(Struct, frozen=True):
+    providers: dict[Name, ProviderSettings] = {}
+
+
+class ReposSettings(Struct, frozen=True):
+    root: Path | None = None
+
+
+class LogSettings(Struct, frozen=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(Struct, frozen=True):
+    region: str = ""
+    """One of `regions`; empty only where there are none (an edge before any HTTP server)."""
+    regions: dict[Name, RegionSettings] = {}
+    server: ServerSettings = ServerSettings()
+    store: StoreSettings = StoreSettings()
+    sync: SyncSettings = SyncSettings()
+    edge: EdgeSettings = EdgeSettings()
+    auth: AuthSettings = AuthSettings()
+    models: ModelsSettings = ModelsSettings()
+    repos: ReposSettings = ReposSettings()
+    log: LogSettings = LogSettings()
+
+
+def load(path: Path, environ: Mapping[str, str], *, required: Sequence[str] = ()) -> Settings:
+    """The settings of the file at `path`, overridden by `environ`.
+
+    `required` names dotted keys that this process cannot do without (`"region"`, `"edge.origins"`). Raises
+    SettingsError.
+    """
+    source = str(path)
+    tree = _read(path)
+    variables = _overlay(tree, environ)
+    settings = _Reader(source, Path(os.path.abspath(path)).parent, variables).struct(Settings, tree, "")
+    _agree(settings, source)
+    for key in required:
+        value: object = settings
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value in ("", (), None):
+            raise SettingsError(f"{source}: {key} is required for this command")
+    return settings
+
+
+def _agree(settings: Settings, source: str) -> None:
+    """The rules that hold between keys."""
+    if settings.region or settings.regions:
+        if not settings.region:
+            raise SettingsError(f"{source}: region is required; allowed: {', '.join(sorted(settings.regions))}")
+        if settings.region not in settings.regions:
+            allowed = ", ".join(sorted(settings.regions)) or "none, there is no [regions.NAME] table"
+            raise SettingsError(f"{source}: region is {_shown(settings.region)}; allowed: {allowed}")
+    for index, issuer in enumerate(settings.auth.issuers):
+        if bool(issuer.jwks_url) == (issuer.jwks_file is not None):
+            raise SettingsError(f"{source}: auth.issuers[{index}] needs one of jwks_url and jwks_file")
+        if not issuer.algorithms:
+            raise SettingsError(
+                f"{source}: auth.issuers[{index}].algorithms is empty; allowed: {', '.join(ALGORITHMS)}"
+            )
+
+
+class _Text(str):
+    """A value that came from a variable: text whose type is still to be understood."""
+
+    __slots__ = ()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as exc:
+        raise SettingsError(f"{path}: not valid TOML: {exc}") from exc
+    except UnicodeDecodeError as exc:
+        raise SettingsError(f"{path}: not UTF-8 text") from exc
+    except OSError as exc:
+        raise SettingsError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
+
+
+def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Lay the variables over `tree`; which key came from which variable."""
+    variables: dict[str, str] = {}
+    for variable in sorted(environ):
+        if not variable.startswith(ENV_PREFIX) or ENV_SEPARATOR not in variable:
+            continue
+        # WEFT_STORE__PATH is store.path, WEFT__REGION is region.
+        parts = variable.removeprefix(ENV_PREFIX).removeprefix("_").lower().split(ENV_SEPARATOR)
+        node = tree
+        path: list[str] = []
+        for part in parts[:-1]:
+            path.append(_spelt(part, node, path))
+            below: object = node.setdefault(path[-1], {})
+            if not isinstance(below, dict):
+                raise SettingsError(f"{variable}: {'.'.join(path)} is not a table")
+            node = cast("dict[str, Any]", below)
+        path.append(_spelt(parts[-1], node, path))
+        node[path[-1]] = _Text(environ[variable])
+        variables[".".join(path)] = variable
+    return variables
+
+
+def _spelt(part: str, node: Mapping[str, Any], above: list[str]) -> str:
+    """An operator's own name may have dashes, which a variable's cannot."""
+    return part.replace("_", "-") if above in _NAMED_TABLES and part not in node else part
+
+
+class _Reader:
+    """Builds structs from plain tables, one key at a time, so that an error can name its key."""
+
+    def __init__(self, source: str, folder: Path, variables: Mapping[str, str]) -> None:
+        self._source = source
+        self._folder = folder
+        self._variables = variables
+
+    def struct(self, kind: type[AnyStruct], value: object, key: str) -> AnyStruct:
+        table = self._table(value, key)
+        fields = {field.name: field for field in structs.fields(kind)}
+        for name in table:
+            if name not in fields:
+                where = _join(key, name)
+                raise SettingsError(f"{self._blame(where)}: {where} is not a setting; allowed: {', '.join(fields)}")
+        made: dict[str, object] = {}
+        for name, field in fields.items():
+            where = _join(key, name)
+            if name in table:
+                made[name] = self._value(field.type, table[name], where)
+            elif field.required:
+                raise SettingsError(f"{self._blame(where)}: {where} is required; allowed: {_allowed(field.type)}")
+            elif isinstance(field.default, Path):
+                made[name] = self._folder / field.default
+            elif _is_struct(field.type):
+                made[name] = self.struct(field.type, {}, where)
+        return kind(**made)
+
+    def _value(self, annotation: Any, value: object, key: str) -> object:
+        kind = _bare(annotation)
+        if _is_struct(kind):
+            return self.struct(kind, value, key)
+        if get_origin(kind) is dict:
+            name_kind, item_kind = get_args(kind)
+            return {
+                self._leaf(name_kind, name, f"{key} name"): self._value(item_kind, item, _join(key, name))
+                for name, item in self._table(value, key).items()
+            }
+        if get_origin(kind) is tuple:
+            item_kind = get_args(kind)[0]
+            items = self._list(value, key, annotation)
+            return tuple(self._value(item_kind, item, f"{key}[{index}]") for index, item in enumerate(items))
+        if kind is Path:
+            if not isinstance(value, str) or not value:
+                raise self._refusal(annotation, value, key)
+            return self._folder / Path(value).expanduser()
+        return self._leaf(annotation, value, key)
+
+    def _leaf(self, annotation: Any, value: object, key: str) -> object:
+        from_variable = isinstance(value, _Text)
+        try:
+            plain = str(value) if from_variable else value
+            converted: object = msgspec.convert(plain, annotation, strict=not from_variable)
+            meta = _meta(annotation)
+            return meta.extra["parse"](converted) if meta is not None and meta.extra else converted
+        except ValueError as exc:  # msgspec's ValidationError is one
+            raise self._refusal(annotation, value, key) from exc
+
+    def _table(self, value: object, key: str) -> dict[str, Any]:
+        found = _json(value) if isinstance(value, _Text) else value
+        if not isinstance(found, dict):
+            raise SettingsError(f"{self._blame(key)}: {key} is {_shown(value)}; allowed: a table")
+        return cast("dict[str, Any]", found)
+
+    def _list(self, value: object, key: str, annotation: Any) -> list[Any]:
+        found: object = value
+        if isinstance(value, _Text):
+            parts = [_Text(part.strip()) for part in value.split(",") if part.strip()]
+            found = _json(value) if value.lstrip().startswith("[") else parts
+        if not isinstance(found, list):
+            raise self._refusal(annotation, value, key)
+        return cast("list[Any]", found)
+
+    def _refusal(self, annotation: Any, value: object, key: str) -> SettingsError:
+        return SettingsError(f"{self._blame(key)}: {key} is {_shown(value)}; allowed: {_allowed(annotation)}")
+
+    def _blame(self, key: str) -> str:
+        """The variable that set `key`, a table around it or something in it, else the file."""
+        for name, variable in self._variables.items():
+            if key == name or key.startswith((name + ".", name + "[")) or name.startswith(key + "."):
+                return variable
+        return self._source
+
+
+def _json(text: str) -> object:
+    try:
+        return orjson.loads(str(text))  # it takes no subclass
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _is_struct(kind: Any) -> TypeGuard[type[Struct]]:
+    return isinstance(kind, type) and issubclass(kind, Struct)
+
+
+def _meta(annotation: Any) -> Meta | None:
+    return next((part for part in get_args(annotation) if isinstance(part, Meta)), None)
+
+
+def _bare(annotation: Any) -> Any:
+    """The type without its description and without None."""
+    if get_origin(annotation) is Annotated:
+        return get_args(annotation)[0]
+    if get_origin(annotation) is UnionType:
+        return next(part for part in get_args(annotation) if part is not NoneType)
+    return annotation
+
+
+def _allowed(annotation: Any) -> str:
+    meta = _meta(annotation)
+    if meta is not None and meta.description:
+        return meta.description
+    kind = _bare(annotation)
+    if get_origin(kind) is Literal:
+        return ", ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        return "a list of tables" if _is_struct(item) else f"a list of {_allowed(item)}"
+    return {Path: "a path", str: "text"}.get(kind, "a table")
+
+
+def _shown(value: object) -> str:
+    text = repr(str(value) if isinstance(value, _Text) else value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
