@@ -1,0 +1,519 @@
+"""The engine in plain dicts: everything SQLite promises but the disk.
+
+For tests, the simulation and trying things out: "durable" here means until the process ends. Decisions
+are `origin.log`'s and answers are cut by `origin.store.queries`, as in every engine; one contract suite
+holds this one and SQLite to the same outcomes. A commit never awaits, so no reader sees half of one.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from infra.clock import SYSTEM_CLOCK, Clock
+from infra.identity import Principal
+from origin import log
+from origin.access import may_read
+from origin.store import base
+from origin.store.base import LOCAL, Access, Applied, GroupRow, Outcome, Refused, StoreError, Written
+from origin.store.memory_outbox import Outbox
+from origin.store.queries import (
+    after_seq,
+    check_freshness,
+    cut_page,
+    decode_cursor,
+    encode_cursor,
+    text_of,
+    tokens,
+    words,
+)
+from origin.thread import ENTRIES_PER_THREAD_MAX, ZERO_HASH, CreateBody, Entry, Row, Version
+
+_logger = logging.getLogger(__name__)
+
+
+class _Thread:
+    """A log with its row, and the view of it that decisions ask (`origin.log.LogView`)."""
+
+    def __init__(self) -> None:
+        self.current: Row | None = None
+        self.entries: list[Entry] = []
+        self.seq_of: dict[str, int] = {}
+
+    @property
+    def row(self) -> Row:
+        assert self.current is not None
+        return self.current
+
+    def entry(self, entry_id: str) -> Entry | None:
+        seq = self.seq_of.get(entry_id)
+        return None if seq is None else self.entries[seq - 1]
+
+    def hash_at(self, seq: int) -> bytes | None:
+        return self.entries[seq - 1].hash if 1 <= seq <= len(self.entries) else None
+
+    def append(self, row: Row, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            self.entries.append(entry)
+            self.seq_of[entry.id] = entry.seq
+        self.current = row
+
+
+class _Touched(msgspec.Struct):
+    """A thread changed in this commit: its row before, and the first of its new entries."""
+
+    thread: _Thread
+    before: Row | None
+    first_seq: int
+    replicate: bool
+
+
+class _Keyed(msgspec.Struct, frozen=True):
+    fingerprint: str
+    thread: _Thread
+    first_seq: int
+    last_seq: int
+    at_us: int
+
+
+class _Step(msgspec.Struct, frozen=True):
+    """A feed row: the entries of one thread that one commit applied."""
+
+    thread: _Thread
+    first_seq: int
+    last_seq: int
+
+
+class MemoryStore:
+    """A `ThreadStore` and `ReplicaLog` that lives as long as the process."""
+
+    def __init__(
+        self,
+        *,
+        region: str,
+        members: Sequence[str],
+        clock: Clock = SYSTEM_CLOCK,
+        rng: random.Random | None = None,
+    ) -> None:
+        random_source = rng if rng is not None else random.SystemRandom()
+        self._region = region
+        self._clock = clock
+        self._incarnation = f"{int(clock.time() * 1000):012x}{random_source.getrandbits(80):020x}"
+        self._groups = {member: GroupRow(member, 1, member, 1) for member in members}
+        self._threads: dict[str, _Thread] = {}
+        self._holds: dict[str, Access] = {}
+        self._touched: dict[str, _Touched] = {}
+        self._outbox = Outbox(member for member in members if member != region)
+        self._peers: dict[str, str] = {}
+        self._keys: dict[tuple[str, str, str], _Keyed] = {}
+        self._digests: dict[tuple[str, int], int] = {}
+        self._steps: list[_Step] = []
+        self._floor = 0
+
+    @property
+    def incarnation(self) -> str:
+        return self._incarnation
+
+    @property
+    def groups(self) -> dict[str, GroupRow]:
+        return self._groups
+
+    @property
+    def digests(self) -> Mapping[tuple[str, int], int]:
+        """XOR of `origin.log.row_digest` over the threads of each (group, bucket)."""
+        return self._digests
+
+    def __repr__(self) -> str:
+        return f"<MemoryStore {self._region}: {len(self._threads)} threads at position {self._position}>"
+
+    @property
+    def _position(self) -> int:
+        return self._floor + len(self._steps)
+
+    # ------------------------------------------------------------ writing
+
+    async def commit(self, operations: Sequence[base.Operation]) -> Sequence[Outcome]:
+        outcomes = [self._carry_out(operation) for operation in operations]
+        self._finish()
+        position = self._position
+        return [
+            msgspec.structs.replace(outcome, position=position) if isinstance(outcome, Written) else outcome
+            for outcome in outcomes
+        ]
+
+    async def write(self, write: base.Write) -> Written:
+        [outcome] = await self.commit([write])
+        if isinstance(outcome, StoreError):
+            raise outcome
+        assert isinstance(outcome, Written)
+        return outcome
+
+    def _carry_out(self, operation: base.Operation) -> Outcome:
+        """One operation. Each decides before it changes anything, so a failed one has changed nothing."""
+        try:
+            match operation:
+                case base.Write():
+                    return self._write(operation)
+                case base.ApplyDelta():
+                    return self._apply(operation)
+                case base.Acknowledge():
+                    return self._acknowledge(operation.target, operation.threads)
+                case base.Postpone():
+                    return self._outbox.postpone(operation)
+                case base.MeetPeer():
+                    return self._meet(operation)
+                case base.AdoptGroup():
+                    return self._adopt(operation.group)
+                case base.Unpark():
+                    return self._outbox.unpark(operation.target)
+                case base.Trim():
+                    return self._trim(operation)
+        except StoreError as error:
+            return error
+        except Exception as error:
+            _logger.exception("%s failed", type(operation).__name__)
+            return base.StoreFailed(f"the engine failed: {error}")
+
+    def _write(self, write: base.Write) -> Written:
+        if write.idempotency is not None:
+            replayed = self._recall(write.actor, write.idempotency)
+            if replayed is not None:
+                return replayed
+        thread = self._threads.get(write.thread_id)
+        before = thread.row if thread is not None else None
+        group = self._group_for(before, write)
+        if group.holder != self._region:
+            raise base.NotHolder(group)
+        if group.promised > group.epoch:
+            raise base.Fenced(group.promised)
+        if before is not None and log.stricter(before, self._holds.get(before.id)).deleted and not before.deleted:
+            raise base.ThreadNotFound(write.thread_id)  # a held deletion counts as done
+        view = thread if thread is not None else _Thread()
+        plan = log.plan_write(write, before, view, epoch=group.epoch, at_us=self._now_us())
+        if plan.append:
+            self._append(write.thread_id, plan.row, plan.append, replicate=True)
+        return Written(
+            row=plan.row,
+            version=plan.version,
+            entries=plan.stands_for,
+            created=plan.created,
+            narrowed=plan.narrowed,
+            base_v=before.v if before is not None else 0,
+            base_hash=before.head_hash if before is not None else ZERO_HASH,
+        )
+
+    def _group_for(self, row: Row | None, write: base.Write) -> GroupRow:
+        if row is not None:
+            return self._groups[row.group]
+        if write.create is None:
+            raise base.ThreadNotFound(write.thread_id)
+        name = msgspec.json.decode(write.create.body, type=CreateBody).group
+        group = self._groups.get(name)
+        if group is None:
+            raise base.Unavailable(f"no region of this cluster holds group {name!r}")
+        return group
+
+    def _apply(self, operation: base.ApplyDelta) -> base.ApplyAnswer:
+        delta = operation.delta
+        group = self._groups.get(operation.group)
+        if group is None:
+            return Refused(f"group {operation.group!r} is unknown here")
+        if operation.epoch < group.promised:
+            raise base.Fenced(group.promised)
+        thread = self._threads.get(delta.id)
+        row = thread.row if thread is not None else None
+        if row is not None and row.group != operation.group:
+            return Refused(f"the thread belongs to group {row.group!r}, not {operation.group!r}")
+        plan = log.plan_apply(delta, row, thread if thread is not None else _Thread())
+        answer = plan.answer
+        if plan.append and plan.row is not None:
+            if plan.row.group == operation.group:
+                self._append(delta.id, plan.row, plan.append, replicate=False)
+            else:
+                answer = Refused(f"the creation names group {plan.row.group!r}")
+        self._hold(delta, answer)
+        return answer
+
+    def _hold(self, delta: base.ThreadDelta, answer: base.ApplyAnswer) -> None:
+        """Keep an access record that the log has not got to, so that it takes effect at once."""
+        access = delta.access
+        if access is None or (isinstance(answer, Applied) and answer.v >= access.seq):
+            return
+        known = self._holds.get(delta.id)
+        if known is not None and known.seq >= access.seq:
+            return
+        thread = self._threads.get(delta.id)
+        if thread is not None and log.has_caught_up(thread.row, thread, access):
+            return
+        self._holds[delta.id] = access
+        if thread is not None and delta.id not in self._touched:
+            self._touched[delta.id] = _Touched(thread, thread.row, thread.row.v, False)
+
+    def _append(self, thread_id: str, row: Row, entries: Sequence[Entry], *, replicate: bool) -> None:
+        keyed = log.keyed_spans(entries)
+        thread = self._threads.get(thread_id)
+        before = thread.row if thread is not None else None
+        if thread is None:
+            self._threads[thread_id] = thread = _Thread()
+        touched = self._touched.get(thread_id)
+        if touched is None:
+            self._touched[thread_id] = _Touched(thread, before, entries[0].seq, replicate)
+        else:
+            touched.replicate |= replicate
+        thread.append(row, entries)
+        for seq, meta in keyed.items():
+            self._keys[meta.issuer, meta.subject, meta.key or ""] = _Keyed(
+                meta.fingerprint, thread, seq - meta.span + 1, seq, meta.at
+            )
+
+    def _finish(self) -> None:
+        """What a commit gathers: digests, feed and outbox, once for each thread it touched."""
+        now_us = self._now_us()
+        for thread_id, touched in self._touched.items():
+            thread, before, row = touched.thread, touched.before, touched.thread.row
+            hold = self._holds.get(thread_id)
+            if hold is not None and log.has_caught_up(row, thread, hold):
+                del self._holds[thread_id]
+            self._steps.append(_Step(thread, touched.first_seq, row.v))
+            bucket = (row.group, log.bucket_of(thread_id))
+            change = log.row_digest(before) ^ log.row_digest(row)
+            self._digests[bucket] = self._digests.get(bucket, 0) ^ change
+            if touched.replicate:
+                self._outbox.mark(
+                    thread_id,
+                    want_v=row.v,
+                    had_v=before.v if before is not None else 0,
+                    at_us=now_us,
+                    urgent=before is not None and log.narrows(before, row),
+                )
+        self._touched.clear()
+
+    # ------------------------------------------------------------ peers, groups, housekeeping
+
+    def _acknowledge(self, target: str, threads: Sequence[tuple[str, int]]) -> None:
+        for thread_id, v in threads:
+            thread = self._threads.get(thread_id)
+            if thread is not None and v <= thread.row.v:
+                self._outbox.acknowledge(target, thread_id, v)
+
+    def _meet(self, operation: base.MeetPeer) -> None:
+        """Offer a peer with another disk every thread this region orders: rows with nothing to send, whose
+        answers say where to begin."""
+        if self._peers.get(operation.region) == operation.incarnation:
+            return
+        self._peers[operation.region] = operation.incarnation
+        held: list[tuple[str, int]] = []
+        for thread_id, thread in self._threads.items():
+            touched = self._touched.get(thread_id)
+            row = thread.row if touched is None else touched.before
+            if row is not None and self._groups[row.group].holder == self._region:
+                held.append((thread_id, row.v))
+        self._outbox.offer(operation.region, held, self._now_us())
+
+    def _adopt(self, group: GroupRow) -> None:
+        known = self._groups.get(group.group)
+        if known is not None and known.epoch >= group.epoch:
+            return
+        promised = max(group.epoch, known.promised if known is not None else 0)
+        self._groups = self._groups | {group.group: msgspec.structs.replace(group, promised=promised)}
+
+    def _trim(self, operation: base.Trim) -> None:
+        self._keys = {key: keyed for key, keyed in self._keys.items() if keyed.at_us >= operation.keys_before_us}
+        excess = len(self._steps) - operation.feed_rows_max
+        if excess > 0:
+            del self._steps[:excess]
+            self._floor += excess
+
+    # ------------------------------------------------------------ reading
+
+    async def read(
+        self,
+        thread_id: str,
+        actor: Principal | None,
+        *,
+        after: str | None = None,
+        limit: int = 1_000,
+        freshness: base.Freshness = LOCAL,
+    ) -> base.ThreadPage:
+        thread, row = self._readable(thread_id, actor)
+        check_freshness(row, freshness)
+        start = after_seq(row, after)
+        messages = (
+            (seq, entry.body)
+            for seq, entry in ((seq, thread.entries[seq - 1]) for seq in range(start + 1, row.v + 1))
+            if entry.kind == "message"
+        )
+        return cut_page(row, messages, limit)
+
+    async def list(self, query: base.ListQuery) -> base.Listing:
+        bound = decode_cursor(query)
+        phrases = _phrases(query.text) if query.text is not None else None
+        rows = [
+            row
+            for thread in self._threads.values()
+            if _is_listed(row := self._shown(thread), query)
+            and (bound is None or (row.activity_us, row.id) < bound)
+            and (phrases is None or _matches(thread, phrases))
+        ]
+        rows.sort(key=lambda row: (row.activity_us, row.id), reverse=True)
+        page = tuple(rows[: query.limit])
+        cursor = encode_cursor(query, page[-1]) if len(rows) > query.limit else None
+        return base.Listing(page, cursor, self._position)
+
+    async def log(self, thread_id: str, actor: Principal | None, after: int, limit: int) -> base.LogSlice:
+        thread, row = self._readable(thread_id, actor)
+        return _slice(thread, row, after, limit, base.PAGE_BYTES_MAX)
+
+    async def row(self, thread_id: str) -> Row | None:
+        thread = self._threads.get(thread_id)
+        return None if thread is None else self._shown(thread)
+
+    async def slice(self, thread_id: str, after: int, *, bytes_max: int) -> base.LogSlice | None:
+        thread = self._threads.get(thread_id)
+        if thread is None:
+            return None
+        return _slice(thread, thread.row, after, ENTRIES_PER_THREAD_MAX, bytes_max)
+
+    async def find(self, thread_id: str, entry_id: str) -> Entry | None:
+        thread = self._threads.get(thread_id)
+        return None if thread is None else thread.entry(entry_id)
+
+    async def replay(self, actor: Principal, idempotency: base.Idempotency) -> Written | None:
+        return self._recall(actor, idempotency)
+
+    async def outbox(
+        self, target: str, *, due_before: float, limit: int, skip: frozenset[str] = frozenset()
+    ) -> Sequence[base.OutboxRow]:
+        return self._outbox.due(target, due_before, limit, skip)
+
+    async def unconfirmed(self, thread_id: str) -> Mapping[str, int]:
+        return self._outbox.unconfirmed(thread_id)
+
+    async def access(self, thread_id: str, after: int) -> Access | None:
+        thread = self._threads.get(thread_id)
+        if thread is None:
+            return None
+        newest_first = (thread.entries[seq - 1] for seq in range(thread.row.v, max(after, 0), -1))
+        return log.access_change(thread.row, newest_first)
+
+    async def backlog(self, target: str) -> base.Backlog:
+        return self._outbox.backlog(target, self._now_us())
+
+    async def changes(self, after: int, limit: int) -> Sequence[base.Change]:
+        start = max(0, after - self._floor)
+        return [
+            self._change(self._floor + index + 1, self._steps[index])
+            for index in range(start, min(start + limit, len(self._steps)))
+        ]
+
+    def _change(self, position: int, step: _Step) -> base.Change:
+        row = self._shown(step.thread)
+        return base.Change(
+            position=position,
+            thread_id=row.id,
+            first_seq=step.first_seq,
+            last_seq=step.last_seq,
+            version=Version(row.epoch_at(step.last_seq) or row.epoch, step.last_seq),
+            issuer=row.issuer,
+            owner=row.owner,
+            team=row.team,
+            visibility=row.visibility,
+            deleted=row.deleted,
+        )
+
+    async def feed_bounds(self) -> tuple[int, int]:
+        return self._floor, self._position
+
+    async def statistics(self) -> base.StoreStatistics:
+        rows = [self._shown(thread) for thread in self._threads.values()]
+        return base.StoreStatistics(
+            threads=sum(not (row.deleted or row.internal) for row in rows),
+            entries=sum(row.v for row in rows),
+            position=self._position,
+            bytes_on_disk=0,
+        )
+
+    async def close(self) -> None:
+        """Nothing to let go of; what was committed stays readable."""
+
+    # ------------------------------------------------------------ looking up
+
+    def _now_us(self) -> int:
+        return int(self._clock.time() * 1_000_000)
+
+    def _shown(self, thread: _Thread) -> Row:
+        """What reads may show: the stricter of the fold and an access record it has not caught up with."""
+        return log.stricter(thread.row, self._holds.get(thread.row.id))
+
+    def _readable(self, thread_id: str, actor: Principal | None) -> tuple[_Thread, Row]:
+        thread = self._threads.get(thread_id)
+        if thread is None:
+            raise base.ThreadNotFound(thread_id)
+        row = self._shown(thread)
+        if row.deleted or not may_read(row, actor):
+            raise base.ThreadNotFound(thread_id)
+        return thread, row
+
+    def _recall(self, actor: Principal, idempotency: base.Idempotency) -> Written | None:
+        """The outcome of a keyed request that came before; KeyReused when it was another request."""
+        keyed = self._keys.get((actor.issuer, actor.subject, idempotency.key))
+        if keyed is None:
+            return None
+        if keyed.fingerprint != idempotency.fingerprint:
+            raise base.KeyReused(f"Idempotency-Key {idempotency.key!r} came before with another request")
+        row = keyed.thread.row
+        entries = tuple(keyed.thread.entries[keyed.first_seq - 1 : keyed.last_seq])
+        return Written(
+            row=row,
+            version=Version(entries[-1].epoch, entries[-1].seq),
+            entries=entries,
+            created=keyed.first_seq == 1,
+            replayed=True,
+            base_v=row.v,
+            base_hash=row.head_hash,
+            position=self._position,
+        )
+
+
+def _slice(thread: _Thread, row: Row, after: int, limit: int, bytes_max: int) -> base.LogSlice:
+    after = max(0, min(after, row.v))
+    entries: list[Entry] = []
+    size = 0
+    for index in range(after, min(after + limit, row.v)):
+        size += len(thread.entries[index].body)
+        if entries and size > bytes_max:
+            break
+        entries.append(thread.entries[index])
+    return base.LogSlice(row, after, thread.hash_at(after) or ZERO_HASH, tuple(entries))
+
+
+def _is_listed(row: Row, query: base.ListQuery) -> bool:
+    actor = query.actor
+    if row.deleted or row.internal or row.issuer != actor.issuer:
+        return False
+    if query.archived is not None and row.archived != query.archived:
+        return False
+    if query.scope == "mine":
+        return row.owner == actor.subject
+    return actor.team is not None and row.team == actor.team and row.visibility != "private"
+
+
+def _phrases(text: str) -> list[list[str]]:
+    if not (phrases := words(text)):
+        raise base.BadQuery("q holds no word to search for")
+    return [tokens(" ".join(phrase)) for phrase in phrases]
+
+
+def _matches(thread: _Thread, phrases: Sequence[list[str]]) -> bool:
+    """True when the title, or one message, holds every phrase."""
+    texts = [thread.row.title]
+    texts += (text_of(entry.body) for entry in thread.entries if entry.kind == "message")
+    return any(all(_holds(tokens(text), phrase) for phrase in phrases) for text in texts)
+
+
+def _holds(text: list[str], phrase: list[str]) -> bool:
+    length = len(phrase)
+    return any(text[start : start + length] == phrase for start in range(len(text) - length + 1))

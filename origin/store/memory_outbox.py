@@ -1,0 +1,119 @@
+"""What the memory engine owes to other regions: one row for each (target, thread), never for each write.
+
+A row says how far a target should get and how far it has; what to send is read from the log when it is
+sent, so a backlog is bounded by the number of threads. The engine marks rows within its commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+
+from origin.store.base import Backlog, OutboxRow, Postpone
+
+ERROR_CHARS_MAX: Final = 500
+
+
+class _Due(msgspec.Struct):
+    want_v: int
+    acked_v: int
+    since_us: int
+    attempts: int = 0
+    next_at: float = 0.0
+    parked: bool = False
+    last_error: str | None = None
+
+
+class Outbox:
+    """Rows by target, then by thread; a target that isn't one of `targets` is owed nothing."""
+
+    def __init__(self, targets: Iterable[str]) -> None:
+        self._rows: dict[str, dict[str, _Due]] = {target: {} for target in targets}
+
+    def __repr__(self) -> str:
+        return f"<Outbox { ({target: len(rows) for target, rows in self._rows.items()}) }>"
+
+    def mark(self, thread_id: str, *, want_v: int, had_v: int, at_us: int, urgent: bool) -> None:
+        """Owe a thread up to `want_v` to every target. One that was owed nothing has `had_v` of it.
+
+        `urgent` (a deletion or narrowing) reaches targets that park the thread, too.
+        """
+        for rows in self._rows.values():
+            due = rows.get(thread_id)
+            if due is None:
+                rows[thread_id] = _Due(want_v, had_v, at_us)
+                continue
+            due.want_v = want_v
+            if urgent:
+                due.parked, due.next_at = False, 0.0
+
+    def offer(self, target: str, threads: Iterable[tuple[str, int]], at_us: int) -> None:
+        """Owe `target` each (thread, v) as if it had it: its answer says where to begin."""
+        rows = self._rows.get(target)
+        if rows is None:
+            return
+        for thread_id, v in threads:
+            due = rows.setdefault(thread_id, _Due(v, v, at_us))
+            due.parked, due.next_at = False, 0.0
+
+    def acknowledge(self, target: str, thread_id: str, v: int) -> None:
+        due = self._rows.get(target, {}).get(thread_id)
+        if due is None:
+            return
+        due.acked_v = max(due.acked_v, v)
+        due.attempts, due.next_at, due.parked, due.last_error = 0, 0.0, False, None
+        if due.want_v <= v:
+            del self._rows[target][thread_id]
+
+    def postpone(self, operation: Postpone) -> None:
+        due = self._rows.get(operation.target, {}).get(operation.thread_id)
+        if due is not None:
+            due.attempts += 1
+            due.next_at, due.parked = operation.next_at, operation.parked
+            due.last_error = operation.error[:ERROR_CHARS_MAX]
+
+    def unpark(self, target: str | None) -> int:
+        """Make parked rows due again, of every target when None; how many there were."""
+        parked = [
+            due for name, rows in self._rows.items() if target in (None, name) for due in rows.values() if due.parked
+        ]
+        for due in parked:
+            due.parked, due.attempts, due.next_at = False, 0, 0.0
+        return len(parked)
+
+    def due(self, target: str, due_before: float, limit: int, skip: frozenset[str]) -> list[OutboxRow]:
+        """At most `limit` rows of a target that are due."""
+        found = [
+            (thread_id, due)
+            for thread_id, due in self._rows.get(target, {}).items()
+            if not due.parked and due.next_at <= due_before and thread_id not in skip
+        ]
+        return [
+            OutboxRow(
+                target=target,
+                thread_id=thread_id,
+                want_v=due.want_v,
+                acked_v=due.acked_v,
+                attempts=due.attempts,
+                since_us=due.since_us,
+                parked=due.parked,
+                last_error=due.last_error,
+            )
+            for thread_id, due in found[:limit]
+        ]
+
+    def unconfirmed(self, thread_id: str) -> dict[str, int]:
+        """acked_v of the targets that are owed some of the thread."""
+        return {target: rows[thread_id].acked_v for target, rows in self._rows.items() if thread_id in rows}
+
+    def backlog(self, target: str, now_us: int) -> Backlog:
+        rows = self._rows.get(target, {}).values()
+        oldest_us = min((due.since_us for due in rows), default=now_us)
+        return Backlog(
+            threads=len(rows),
+            oldest_s=max(0.0, (now_us - oldest_us) / 1e6),
+            parked=sum(due.parked for due in rows),
+            last_error=next((due.last_error for due in rows if due.last_error is not None), None),
+        )
