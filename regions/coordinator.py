@@ -1,0 +1,451 @@
+"""Several regions as one `ThreadStore`: any region takes a write, each thread has one that orders it.
+
+A write goes to the holder of the thread's group; its answer brings the entries back, which are applied here
+before the caller hears of them. A read is served here, or fetched through the replicate road first: from the
+holder, and when that is away from whoever has it. What a region does not know for certain it does not deny:
+absent here and the holder out of reach is `Unavailable`, not `ThreadNotFound`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import OrderedDict
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from infra.clock import Clock
+from infra.identity import Principal
+from infra.retry import retrying
+from infra.singleflight import SingleFlight
+from origin.access import may_read
+from origin.store import base
+from origin.store.base import (
+    LOCAL,
+    Applied,
+    Durability,
+    Freshness,
+    GroupRow,
+    Listing,
+    ListQuery,
+    LogSlice,
+    OutcomeUnknown,
+    ReplicaLog,
+    ThreadDelta,
+    ThreadNotFound,
+    ThreadPage,
+    ThreadStore,
+    Unavailable,
+    Write,
+    Written,
+)
+from origin.thread import ClaimBody, CreateBody, Entry, encode
+from regions.claims import Claims
+from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
+from regions.peer_wire import (
+    HOPS_MAX,
+    Fetch,
+    FetchAnswer,
+    ForwardAnswer,
+    ForwardWrite,
+    SettleAnswer,
+    SettleQuery,
+)
+from regions.replicator import Replicator
+from regions.topology import CONFIG_VERSION, Topology
+
+FETCH_BYTES_MAX: Final = 4 * 1024 * 1024
+FETCH_SECONDS_MAX: Final = 5.0
+BEHIND_WAIT_S: Final = 0.05
+KNOWN_GROUPS_MAX: Final = 65_536
+FORWARD_ATTEMPTS: Final = 3
+
+_logger = logging.getLogger(__name__)
+
+
+class LocalStore(ThreadStore, Protocol):
+    """This region's own store, behind its serial writer."""
+
+    async def submit(self, operation: base.Operation) -> Any: ...
+
+
+class CoordinatorLimits(msgspec.Struct, frozen=True):
+    """`durability` is what a write gets that asks for none."""
+
+    durability: Durability = "region"
+    write_seconds_max: float = 10.0
+    pending_wait_s: float = 1.0
+
+
+class Coordinator:
+    """The cluster as a `ThreadStore`, seen from one region."""
+
+    def __init__(
+        self,
+        *,
+        topology: Topology,
+        local: LocalStore,
+        log: ReplicaLog,
+        replicator: Replicator,
+        transport: PeerTransport,
+        clock: Clock,
+        rng: random.Random,
+        limits: CoordinatorLimits | None = None,
+    ) -> None:
+        self._topology = topology
+        self._local = local
+        self._log = log
+        self._replicator = replicator
+        self._transport = transport
+        self._clock = clock
+        self._rng = rng
+        self._limits = limits or CoordinatorLimits()
+        self._known_groups: OrderedDict[str, str] = OrderedDict()
+        self._fetches: SingleFlight[str, None] = SingleFlight()
+        self.claims = Claims(topology=topology, log=log, transport=transport, write_here=self.write_here)
+
+    async def close(self) -> None:
+        await self.claims.close()
+
+    # ------------------------------------------------------------ writing
+
+    async def write(self, write: Write) -> Written:
+        if write.idempotency is not None:
+            replayed = await self._log.replay(write.actor, write.idempotency)
+            if replayed is not None:
+                if self._level(write) == "region":
+                    return replayed
+                # The first answer may have been given at a lower level: its thread's holder waits for this one.
+                write = msgspec.structs.replace(write, thread_id=replayed.row.id)
+        group = await self._group_of(write)
+        if write.create is not None:
+            write = msgspec.structs.replace(write, create=_in_group(write.create, group))
+        return await self._write_in(group, write, hops=0)
+
+    async def forwarded(self, message: ForwardWrite) -> ForwardAnswer:
+        """Carry out a peer's write as holder (or send it on once, when another has become it)."""
+        thread_id = message.write.thread_id
+        group = await self._group_of(message.write)
+        written = await self._write_in(group, message.write, hops=message.hops + 1)
+        delta = await self._log.slice(thread_id, message.have_v, bytes_max=FETCH_BYTES_MAX)
+        assert delta is not None
+        return ForwardAnswer(
+            written=msgspec.structs.replace(written, entries=()),
+            stands_for=tuple(entry.seq for entry in written.entries),
+            group=self._log.groups[group],
+            delta=delta,
+        )
+
+    async def write_here(self, write: Write) -> Written:
+        """A write to a group that this region holds, at the durability it asks for."""
+        level = self._level(write)
+        others = self._topology.majority - 1 if level == "quorum" else len(self._topology.peers)
+        if level != "region":
+            self._require_reachable(level, others)
+        written = await self._local.submit(write)
+        assert isinstance(written, Written)
+        if level != "region":
+            held = await self._replicator.confirmations(
+                write.thread_id,
+                written.version.v,
+                enough=lambda confirmed: len(confirmed) >= others,
+                seconds_max=self._limits.write_seconds_max,
+            )
+            if len(held) < others:
+                raise OutcomeUnknown(
+                    f"durable in {1 + len(held)} regions, {1 + others} were asked for; retry with the same ids"
+                )
+        if written.narrowed and self._topology.peers:
+            return await self._await_narrowing(write.thread_id, written)
+        return written
+
+    def _level(self, write: Write) -> Durability:
+        return write.durability or self._limits.durability
+
+    def _require_reachable(self, level: str, others: int) -> None:
+        reachable = self._replicator.reachable()
+        if len(reachable) < others:
+            raise Unavailable(
+                f"durability {level!r} needs {1 + others} of {len(self._topology.members)} regions; "
+                f"{1 + len(reachable)} can be reached"
+            )
+
+    async def _await_narrowing(self, thread_id: str, written: Written) -> Written:
+        """A deletion or narrower visibility is answered when every reachable region applied it, or late."""
+        reachable = self._replicator.reachable()
+        held = await self._replicator.confirmations(
+            thread_id,
+            written.version.v,
+            enough=lambda confirmed: confirmed >= reachable,
+            seconds_max=self._limits.pending_wait_s,
+        )
+        pending = tuple(region for region in self._topology.peers if region not in held)
+        return msgspec.structs.replace(written, pending=pending)
+
+    async def _write_in(self, group: str, write: Write, *, hops: int) -> Written:
+        while True:
+            row = self._log.groups.get(group)
+            if row is None:
+                raise Unavailable(f"no region of this cluster holds group {group!r}")
+            if row.holder == self._topology.region:
+                return await self.write_here(write)
+            if hops >= HOPS_MAX:
+                raise base.NotHolder(row)
+            hops += 1
+            try:
+                return await self._forward(row, write, hops)
+            except base.NotHolder as error:
+                await self._local.submit(base.AdoptGroup(error.group))
+
+    async def _forward(self, group: GroupRow, write: Write, hops: int) -> Written:
+        """Have the holder write, and apply what it answers before anyone is told."""
+        row = await self._log.row(write.thread_id)
+        message = ForwardWrite(
+            config_version=CONFIG_VERSION,
+            region=self._topology.region,
+            incarnation=self._log.incarnation,
+            write=write,
+            have_v=row.v if row is not None else 0,
+            hops=hops,
+        )
+        sent = False
+
+        async def attempt() -> ForwardAnswer:
+            nonlocal sent
+            try:
+                return await self._transport.call(
+                    group.holder,
+                    "/peer/write",
+                    message,
+                    ForwardAnswer,
+                    seconds_max=self._limits.write_seconds_max + 1.0,
+                )
+            except PeerUnreachable as error:
+                sent = sent or error.sent
+                raise
+
+        try:
+            answer = await retrying(
+                attempt,
+                on=(PeerUnreachable,),
+                attempts=FORWARD_ATTEMPTS,
+                seconds_max=self._limits.write_seconds_max / 2,
+                rng=self._rng,
+                clock=self._clock,
+            )
+        except PeerUnreachable as error:
+            if sent:
+                raise OutcomeUnknown(f"{error}; retry with the same ids") from error
+            raise Unavailable(f"region {group.holder}, which orders this thread's writes, is out of reach") from error
+        except PeerRefused as error:
+            raise Unavailable(str(error)) from error
+        await self._apply_answer(answer, group.holder)
+        return await self._complete(answer, write.thread_id)
+
+    async def _apply_answer(self, answer: ForwardAnswer, source: str) -> None:
+        if await self._apply(answer.delta, answer.group, source):
+            while (row := await self._log.row(answer.delta.row.id)) is not None and (row.v < answer.written.version.v):
+                if not await self._fetch_once(row.id, source, row.v):
+                    break
+
+    async def _complete(self, answer: ForwardAnswer, thread_id: str) -> Written:
+        """The holder's outcome with the entries it stands for, which are here now."""
+        carried = {entry.seq: entry for entry in answer.delta.entries}
+        entries: list[Entry] = []
+        for seq in answer.stands_for:
+            entry = carried.get(seq)
+            if entry is None:
+                part = await self._log.slice(thread_id, seq - 1, bytes_max=1)
+                if part is None or not part.entries:
+                    continue
+                entry = part.entries[0]
+            entries.append(entry)
+        _, position = await self._log.feed_bounds()
+        return msgspec.structs.replace(answer.written, entries=tuple(entries), position=position)
+
+    # ------------------------------------------------------------ whose thread it is
+
+    async def _group_of(self, write: Write) -> str:
+        """The group that orders a thread, for a write; claims the id when nobody minted it."""
+        thread_id = write.thread_id
+        group = await self._known_group(thread_id)
+        if group is not None:
+            return group
+        if write.create is None:
+            found = await self.claims.find(thread_id)
+            if found is None:
+                raise ThreadNotFound(thread_id)
+            return self._remember(thread_id, found.group)
+        actor = write.actor
+        claim = await self.claims.claim(thread_id, ClaimBody(self._topology.region, actor.issuer, actor.subject))
+        if (claim.issuer, claim.owner) != (actor.issuer, actor.subject):
+            row = await self._log.row(thread_id)
+            if row is not None and not row.deleted and may_read(row, actor):
+                if write.mode == "create":
+                    raise base.ThreadExists(f"thread {thread_id} exists")
+                return self._remember(thread_id, claim.group)
+            raise ThreadNotFound(thread_id)
+        return self._remember(thread_id, claim.group)
+
+    async def _known_group(self, thread_id: str) -> str | None:
+        """The group by the id's mark or from the thread itself; None when only a claim can tell."""
+        minted = self._topology.minted_by(thread_id)
+        if minted is not None:
+            return minted
+        if thread_id in self._known_groups:
+            self._known_groups.move_to_end(thread_id)
+            return self._known_groups[thread_id]
+        row = await self._log.row(thread_id)
+        return None if row is None else self._remember(thread_id, row.group)
+
+    def _remember(self, thread_id: str, group: str) -> str:
+        """A thread's group never changes."""
+        self._known_groups[thread_id] = group
+        if len(self._known_groups) > KNOWN_GROUPS_MAX:
+            self._known_groups.popitem(last=False)
+        return group
+
+    # ------------------------------------------------------------ reading
+
+    async def read(
+        self,
+        thread_id: str,
+        actor: Principal | None,
+        *,
+        after: str | None = None,
+        limit: int = 1_000,
+        freshness: Freshness = LOCAL,
+    ) -> ThreadPage:
+        if freshness.consistency == "origin":
+            await self._catch_up(thread_id)
+        local = Freshness(min_version=freshness.min_version)
+        try:
+            return await self._local.read(thread_id, actor, after=after, limit=limit, freshness=local)
+        except ThreadNotFound:
+            # Absent, or not this principal's to know of: when it is here now, the read below decides. (It may
+            # have come by replication since; to answer from the first look would deny a thread that is here.)
+            if await self._log.row(thread_id) is None:
+                await self._catch_up(thread_id)
+        except base.Behind:
+            await self._clock.sleep(BEHIND_WAIT_S)  # replication is usually just behind
+            try:
+                return await self._local.read(thread_id, actor, after=after, limit=limit, freshness=local)
+            except base.Behind:
+                await self._catch_up(thread_id)
+        return await self._local.read(thread_id, actor, after=after, limit=limit, freshness=local)
+
+    async def log(self, thread_id: str, actor: Principal | None, after: int, limit: int) -> LogSlice:
+        try:
+            return await self._local.log(thread_id, actor, after, limit)
+        except ThreadNotFound:
+            if await self._log.row(thread_id) is None:
+                await self._catch_up(thread_id)
+        return await self._local.log(thread_id, actor, after, limit)
+
+    async def list(self, query: ListQuery) -> Listing:
+        if query.consistency == "origin":
+            holders = {group.holder for group in self._log.groups.values()} - {self._topology.region}
+            await asyncio.gather(*(self._settle(holder) for holder in holders))
+        return await self._local.list(query)
+
+    async def _settle(self, holder: str) -> None:
+        """Wait until all that `holder` has committed by now is here."""
+        message = SettleQuery(
+            config_version=CONFIG_VERSION,
+            region=self._topology.region,
+            incarnation=self._log.incarnation,
+            seconds_max=FETCH_SECONDS_MAX,
+        )
+        try:
+            answer = await self._transport.call(
+                holder, "/peer/settle", message, SettleAnswer, seconds_max=FETCH_SECONDS_MAX + 1.0
+            )
+        except (PeerUnreachable, PeerRefused) as error:
+            raise Unavailable(f"consistency=origin needs every region: {error}") from error
+        if not answer.settled:
+            raise base.Behind(f"region {holder} has not delivered all its changes yet")
+
+    async def _catch_up(self, thread_id: str) -> None:
+        """Bring the thread here as the holder has it. ThreadNotFound when the holder denies it."""
+        await self._fetches.do(thread_id, lambda: self._fetch_all(thread_id))
+
+    async def _fetch_all(self, thread_id: str) -> None:
+        group = await self._known_group(thread_id)
+        if group is None:
+            claim = await self.claims.find(thread_id)
+            if claim is None:
+                raise ThreadNotFound(thread_id)
+            group = self._remember(thread_id, claim.group)
+        known = self._log.groups.get(group)
+        if known is None:
+            raise ThreadNotFound(thread_id)
+        if known.holder == self._topology.region:
+            if await self._log.row(thread_id) is None:
+                raise ThreadNotFound(thread_id)
+            return
+        try:
+            await self._fetch_from(thread_id, known.holder)
+        except (PeerUnreachable, PeerRefused) as error:
+            if await self._log.row(thread_id) is not None:
+                raise Unavailable(f"the region that orders this thread is out of reach: {error}") from error
+            await self._fetch_from_others(thread_id, known.holder, error)
+
+    async def _fetch_from_others(self, thread_id: str, holder: str, cause: Exception) -> None:
+        """The holder is away and nothing is here: whoever has the thread will do, nobody's denial is final."""
+        others = [region for region in self._topology.peers if region != holder]
+        results = await asyncio.gather(
+            *(self._fetch_from(thread_id, region) for region in others), return_exceptions=True
+        )
+        if not any(result is None for result in results):
+            raise Unavailable(f"whether the thread exists can't be known now: {cause}")
+
+    async def _fetch_from(self, thread_id: str, region: str) -> None:
+        while True:
+            row = await self._log.row(thread_id)
+            if not await self._fetch_once(thread_id, region, row.v if row is not None else 0):
+                return
+
+    async def _fetch_once(self, thread_id: str, region: str, after: int) -> bool:
+        """Fetch and apply one part behind `after`; True when there is more to fetch."""
+        message = Fetch(
+            config_version=CONFIG_VERSION,
+            region=self._topology.region,
+            incarnation=self._log.incarnation,
+            thread_id=thread_id,
+            after=after,
+            bytes_max=FETCH_BYTES_MAX,
+        )
+        answer = await self._transport.call(region, "/peer/fetch", message, FetchAnswer, seconds_max=FETCH_SECONDS_MAX)
+        if answer.slice is None or answer.group is None:
+            raise ThreadNotFound(thread_id)
+        part = answer.slice
+        applied = await self._apply(part, answer.group, region)
+        return applied and bool(part.entries) and part.entries[-1].seq < part.row.v
+
+    async def _apply(self, part: LogSlice, group: GroupRow, source: str) -> bool:
+        """Apply fetched entries through the replicate road; False when they do not fit here."""
+        if not part.entries:
+            return False
+        known = self._log.groups.get(group.group)
+        if known is None or known.epoch < group.epoch:
+            await self._local.submit(base.AdoptGroup(group))
+        delta = ThreadDelta(part.row.id, part.base_v, part.base_hash, part.entries, part.row.v)
+        answer = await self._local.submit(base.ApplyDelta(group.group, group.epoch, source, delta))
+        if not isinstance(answer, Applied):
+            _logger.warning(
+                "entries fetched from %s do not fit here",
+                source,
+                extra={"fields": {"thread": part.row.id, "answer": str(answer)}},
+            )
+            return False
+        return True
+
+
+def _in_group(create: base.Draft, group: str) -> base.Draft:
+    """The creation as one of `group`: the id's mark or claim decides, not the region that was reached."""
+    body = msgspec.json.decode(create.body, type=CreateBody)
+    if body.group == group:
+        return create
+    return msgspec.structs.replace(create, body=encode(msgspec.structs.replace(body, group=group)))

@@ -1,0 +1,206 @@
+"""What a region answers to its peers, its edges and its operators under `/peer`.
+
+Only service tokens signed with the cluster's key open these doors; a user's token never does, and every
+answer carries a token that proves who gave it. Messages are `regions.peer_wire`'s; what they do is the
+`PeerService`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from infra.identity import (
+    IDENTITY_HEADER,
+    SERVER_IDENTITY_HEADER,
+    WIRE,
+    WIRE_HEADER,
+    IdentityError,
+    IdentitySigner,
+    IdentityVerifier,
+    PeerIdentity,
+)
+from infra.pool import PoolStatistics
+from infra.problem import Problem, problem_response
+from infra.server import Lifecycle
+from infra.trace import current_trace_id
+from origin.feed import Feed, feed_line
+from origin.store.base import ReplicaLog, StoreError
+from origin.writer import BatchedWriter
+from regions.peer_service import Handler, PeerService
+from regions.peer_wire import CONTENT_TYPE, Envelope, to_fault
+from regions.replicator import Replicator, statistics_json
+from regions.topology import CONFIG_VERSION, Topology
+
+MESSAGE_BYTES_MAX: Final = 64 * 1024 * 1024
+"""A delta holds at least one entry, and a message may have 16 MiB."""
+
+
+class PeerApi:
+    """The `/peer` routes of one region server."""
+
+    def __init__(
+        self,
+        *,
+        topology: Topology,
+        log: ReplicaLog,
+        writer: BatchedWriter,
+        service: PeerService,
+        replicator: Replicator,
+        feed: Feed,
+        signer: IdentitySigner,
+        verifier: IdentityVerifier,
+        lifecycle: Lifecycle,
+        pool_statistics: Callable[[], PoolStatistics] | None = None,
+    ) -> None:
+        self._topology = topology
+        self._log = log
+        self._writer = writer
+        self._service = service
+        self._replicator = replicator
+        self._feed = feed
+        self._signer = signer
+        self._verifier = verifier
+        self._lifecycle = lifecycle
+        self._pool_statistics = pool_statistics
+
+    def add_routes(self, app: web.Application) -> None:
+        """Mount everything under `/peer`."""
+        router = app.router
+        for path, (type_, answer) in self._service.handlers.items():
+            router.add_post(path, self._message(type_, answer))
+        router.add_get("/peer/status", self._status)
+        router.add_get("/peer/feed", self._follow)
+
+    # ------------------------------------------------------------ who is there
+
+    def _caller(self, request: web.Request, *roles: str) -> PeerIdentity:
+        wire = request.headers.get(WIRE_HEADER, str(WIRE))
+        if not wire.isascii() or not wire.isdigit() or int(wire[:9]) > WIRE:
+            raise Problem(426, "wire-version", f"{WIRE_HEADER}: {wire[:40]!r} is not a version up to {WIRE}")
+        try:
+            identity = self._verifier.verify(request.headers.get(IDENTITY_HEADER, ""))
+        except IdentityError as error:
+            raise Problem(401, "peer-identity", f"{IDENTITY_HEADER}: {error}") from None
+        if identity.principal is not None or identity.role not in roles:
+            raise Problem(403, "peer-role", f"{identity.issuer} has no business here")
+        if identity.role == "region" and identity.region not in self._topology.members:
+            raise Problem(403, "peer-unknown", f"region {identity.region!r} is not a member of this cluster")
+        return identity
+
+    def _proof(self, caller: PeerIdentity) -> dict[str, str]:
+        """The header that tells the caller who answers."""
+        return {SERVER_IDENTITY_HEADER: self._signer.service_token(caller.issuer)}
+
+    def _message(self, type_: type[Envelope], answer: Handler) -> Callable[[web.Request], Awaitable[web.Response]]:
+        """A handler that reads one message, believes it and answers it; a StoreError answers as 409."""
+        decoder = msgspec.msgpack.Decoder(type_)
+
+        async def handle(request: web.Request) -> web.Response:
+            caller = self._caller(request, "region")
+            headers = self._proof(caller)
+            try:
+                message = await self._read(request, decoder, caller)
+                body, status = msgspec.msgpack.encode(await answer(message)), 200
+            except StoreError as error:
+                body, status = msgspec.msgpack.encode(to_fault(error)), 409
+            except Problem as problem:
+                response = problem_response(problem, current_trace_id())
+                response.headers.update(headers)
+                return response
+            return web.Response(body=body, status=status, content_type=CONTENT_TYPE, headers=headers)
+
+        return handle
+
+    async def _read(
+        self, request: web.Request, decoder: msgspec.msgpack.Decoder[Envelope], caller: PeerIdentity
+    ) -> Envelope:
+        data = await _body(request, MESSAGE_BYTES_MAX)
+        try:
+            wire = msgspec.msgpack.decode(data, type=_Wire).wire
+            if wire > WIRE:
+                raise Problem(426, "wire-version", f"wire version {wire} is newer than this server's {WIRE}")
+            message = decoder.decode(data)
+        except msgspec.MsgspecError as error:
+            raise Problem(400, "peer-message", f"the message can't be read: {error}") from None
+        if message.region != caller.region:
+            raise Problem(403, "peer-role", f"{caller.issuer} speaks as region {message.region!r}")
+        if message.config_version > CONFIG_VERSION:
+            raise Problem(
+                426, "configuration", f"configuration {message.config_version} is newer than {CONFIG_VERSION}"
+            )
+        return message
+
+    # ------------------------------------------------------------ status and feed
+
+    async def _status(self, request: web.Request) -> web.Response:
+        caller = self._caller(request, "region", "edge", "operator")
+        return web.Response(
+            body=msgspec.json.encode(await self.status()),
+            content_type="application/json",
+            headers=self._proof(caller),
+        )
+
+    async def status(self) -> dict[str, Any]:
+        """The region as operators see it."""
+        held = await self._log.statistics()
+        backlogs = {region: await self._log.backlog(region) for region in self._topology.peers}
+        return {
+            "region": self._topology.region,
+            "incarnation": self._log.incarnation,
+            "wire": WIRE,
+            "ready": self._lifecycle.ready,
+            "groups": {
+                group.group: {"epoch": group.epoch, "holder": group.holder} for group in self._log.groups.values()
+            },
+            "threads": held.threads,
+            "entries": held.entries,
+            "position": held.position,
+            "bytes_on_disk": held.bytes_on_disk,
+            "peers": statistics_json(self._replicator.statistics(), backlogs),
+            "writer": _plain(self._writer.statistics()),
+            "pool": _plain(self._pool_statistics()) if self._pool_statistics is not None else None,
+        }
+
+    async def _follow(self, request: web.Request) -> web.StreamResponse:
+        """The change feed as lines of JSON, for edges: it never ends by itself."""
+        caller = self._caller(request, "region", "edge", "operator")
+        after = request.query.get("after", "")
+        if after and not (after.isascii() and after.isdigit() and len(after) <= 18):
+            raise Problem(400, "bad-position", f"after: {after[:40]!r} is not a position of the feed")
+        response = web.StreamResponse(
+            headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store", **self._proof(caller)}
+        )
+        await response.prepare(request)
+        follower = self._feed.follow(int(after) if after else None, request.query.get("incarnation"))
+        async with aclosing(follower) as items:
+            async for item in items:
+                line = feed_line(item, region=self._topology.region, incarnation=self._log.incarnation)
+                await response.write(line)
+        return response
+
+
+class _Wire(msgspec.Struct):
+    """The one field that every version of a message has."""
+
+    wire: int
+
+
+def _plain(statistics: object) -> object:
+    return msgspec.to_builtins(statistics)
+
+
+async def _body(request: web.Request, bytes_max: int) -> bytes:
+    """The request's body; 413 when it is larger than `bytes_max`."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.content.iter_any():
+        size += len(part)
+        if size > bytes_max:
+            raise Problem(413, "body-too-large", f"body: larger than {bytes_max} bytes")
+        parts.append(part)
+    return b"".join(parts)

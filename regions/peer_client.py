@@ -1,0 +1,126 @@
+"""Speaking to the other regions: one kept-alive connection pool, one method a message.
+
+Every request carries a short-lived service token for the region it goes to, and every answer is believed
+only with such a token of that region (mutual authentication by the cluster's key). Failures become
+`PeerUnreachable`, which says whether the request may have been carried out; retrying is the caller's.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol, TypeVar
+
+import aiohttp
+import msgspec
+
+from infra.identity import (
+    IDENTITY_HEADER,
+    SERVER_IDENTITY_HEADER,
+    IdentityError,
+    IdentitySigner,
+    IdentityVerifier,
+)
+from infra.trace import HEADER as TRACEPARENT
+from infra.trace import current_trace
+from regions.peer_wire import CONTENT_TYPE, Envelope, Fault, from_fault
+from regions.topology import Topology
+
+ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024
+CONNECT_SECONDS: Final = 2.0
+
+Answer = TypeVar("Answer")
+
+
+class PeerUnreachable(Exception):
+    """No believable answer. `sent` is False when the request surely did not arrive."""
+
+    def __init__(self, region: str, reason: str, *, sent: bool) -> None:
+        super().__init__(f"region {region}: {reason}")
+        self.region = region
+        self.sent = sent
+
+
+class PeerRefused(Exception):
+    """The peer answered, but will not serve this request as it is (wire version, configuration)."""
+
+
+class PeerTransport(Protocol):
+    """What the coordinator and the replicator need of a network; the simulation brings its own."""
+
+    async def call(
+        self, region: str, path: str, message: Envelope, answer: type[Answer], *, seconds_max: float
+    ) -> Answer:
+        """POST `message` to a peer and read its answer. Raises PeerUnreachable, PeerRefused or the
+        StoreError that the peer answered."""
+        ...
+
+
+class HttpPeers:
+    """The transport over HTTP. `start` inside a running loop, `close` when done."""
+
+    def __init__(self, topology: Topology, signer: IdentitySigner, verifier: IdentityVerifier) -> None:
+        self._topology = topology
+        self._signer = signer
+        self._verifier = verifier
+        self._session: aiohttp.ClientSession | None = None
+        self.bytes_sent = 0
+        """Bytes of request bodies handed to the network, for the bench."""
+
+    async def start(self) -> None:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit_per_host=32, keepalive_timeout=60),
+            auto_decompress=False,
+            skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent"),
+            read_bufsize=1 << 20,
+        )
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def call(
+        self, region: str, path: str, message: Envelope, answer: type[Answer], *, seconds_max: float
+    ) -> Answer:
+        assert self._session is not None, "start() first"
+        body = msgspec.msgpack.encode(message)
+        headers = {
+            IDENTITY_HEADER: self._signer.service_token(f"region:{region}"),
+            "Content-Type": CONTENT_TYPE,
+        }
+        if (trace := current_trace.get()) is not None:
+            headers[TRACEPARENT] = str(trace.child())
+        timeout = aiohttp.ClientTimeout(total=seconds_max, sock_connect=min(CONNECT_SECONDS, seconds_max))
+        self.bytes_sent += len(body)
+        try:
+            async with self._session.post(
+                self._topology.urls[region] + path, data=body, headers=headers, timeout=timeout
+            ) as response:
+                if (response.content_length or 0) > ANSWER_BYTES_MAX:
+                    raise PeerUnreachable(region, "its answer is too large", sent=True)
+                data = await response.read()
+                self._believe(region, response.headers.get(SERVER_IDENTITY_HEADER, ""))
+        except aiohttp.ClientConnectorError as error:
+            raise PeerUnreachable(region, str(error), sent=False) from error
+        except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
+            reason = str(error) or f"no answer within {seconds_max:g} s"
+            raise PeerUnreachable(region, reason, sent=True) from error
+        if response.status == 200:
+            return self._decode(region, data, answer)
+        if response.status == 409:
+            raise from_fault(self._decode(region, data, Fault))
+        if response.status in (400, 401, 403, 404, 413, 426):
+            raise PeerRefused(f"region {region} answered {response.status}: {data[:500].decode('utf-8', 'replace')}")
+        raise PeerUnreachable(region, f"answered {response.status}", sent=True)
+
+    def _believe(self, region: str, token: str) -> None:
+        try:
+            identity = self._verifier.verify(token)
+        except IdentityError as error:
+            raise PeerUnreachable(region, f"its answer is not signed by the cluster: {error}", sent=True) from None
+        if identity.issuer != f"region:{region}":
+            raise PeerUnreachable(region, f"{identity.issuer} answers at its address", sent=True)
+
+    def _decode(self, region: str, data: bytes, type_: type[Answer]) -> Answer:
+        try:
+            return msgspec.msgpack.decode(data, type=type_)
+        except msgspec.MsgspecError as error:
+            raise PeerUnreachable(region, f"its answer can't be read: {error}", sent=True) from error

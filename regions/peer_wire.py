@@ -1,0 +1,192 @@
+"""What regions say to each other: MessagePack bodies of `POST /peer/*`, one type a message.
+
+Client and server share this file, so neither can drift. Every request names the wire version and the
+configuration version; a peer that speaks a newer wire is refused with a clear error, not misread.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from infra.identity import WIRE
+from origin.store import base
+from origin.store.base import ApplyAnswer, GroupRow, LogSlice, StoreError, ThreadDelta, Write, Written
+from origin.thread import ClaimBody, Version
+
+CONTENT_TYPE: Final = "application/vnd.weft.peer+msgpack"
+HOPS_MAX: Final = 2
+"""A forwarded write passes at most so many regions: one that has just learned of a newer holder is one."""
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True):
+    """In front of every request."""
+
+    wire: int = WIRE
+    config_version: int
+    region: str
+    incarnation: str
+
+
+class Hello(Envelope, frozen=True, kw_only=True):
+    """A heartbeat: who I am and what I know of the groups."""
+
+    members: tuple[str, ...]
+    groups: tuple[GroupRow, ...]
+
+
+class HelloAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    region: str
+    incarnation: str
+    members: tuple[str, ...]
+    groups: tuple[GroupRow, ...]
+    position: int
+
+
+class Replicate(Envelope, frozen=True, kw_only=True):
+    """Deltas of many threads of one group (PROTOCOL section 4)."""
+
+    group: str
+    epoch: int
+    threads: tuple[ThreadDelta, ...]
+
+
+class Fault(msgspec.Struct, frozen=True, tag="fault"):
+    """A StoreError on its way: the class's name and what it was made from."""
+
+    name: str
+    detail: str = ""
+    version: Version | None = None
+    group: GroupRow | None = None
+    number: int = 0
+
+
+class ReplicateAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer for each thread, in order; durable when it leaves."""
+
+    region: str
+    incarnation: str
+    results: tuple[ApplyAnswer | Fault, ...]
+
+
+class ForwardWrite(Envelope, frozen=True, kw_only=True):
+    """A write on its way to the holder. `have_v`: how much of the thread the sender holds."""
+
+    write: Write
+    have_v: int
+    hops: int
+
+
+class ForwardAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcome, without entries: they are in `delta` (behind have_v) or the sender has them already."""
+
+    written: Written
+    stands_for: tuple[int, ...]
+    group: GroupRow
+    delta: LogSlice
+
+
+class Fetch(Envelope, frozen=True, kw_only=True):
+    """Entries of a thread behind `after`, at most about `bytes_max`."""
+
+    thread_id: str
+    after: int
+    bytes_max: int
+
+
+class FetchAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """`slice` None: the thread is not here, which is final when `group` names this region as holder."""
+
+    slice: LogSlice | None
+    group: GroupRow | None
+
+
+class Claim(msgspec.Struct, frozen=True):
+    thread_id: str
+    body: ClaimBody
+
+
+class ClaimMany(Envelope, frozen=True, kw_only=True):
+    """Claim ids that no region minted; answered after a majority holds the claims durably."""
+
+    claims: tuple[Claim, ...]
+
+
+class ClaimAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """For each id the claim that stands: this one or an earlier one."""
+
+    claims: tuple[ClaimBody, ...]
+
+
+class FindClaim(Envelope, frozen=True, kw_only=True):
+    thread_id: str
+
+
+class FindClaimAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    claim: ClaimBody | None
+
+
+class SettleQuery(Envelope, frozen=True, kw_only=True):
+    """Answer when everything committed before this call has reached the sender."""
+
+    seconds_max: float
+
+
+class SettleAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    settled: bool
+
+
+_ERRORS: Final[dict[str, type[StoreError]]] = {
+    error.__name__: error
+    for error in (
+        base.ThreadNotFound,
+        base.ThreadDeleted,
+        base.ThreadExists,
+        base.NotAllowed,
+        base.KeyReused,
+        base.ThreadFull,
+        base.BadCursor,
+        base.BadQuery,
+        base.StoreBusy,
+        base.StoreFull,
+        base.StoreFailed,
+        base.Unavailable,
+        base.Behind,
+        base.OutcomeUnknown,
+    )
+}
+
+
+def to_fault(error: StoreError) -> Fault:
+    """A StoreError as it travels."""
+    name = type(error).__name__
+    match error:
+        case base.StaleVersion():
+            return Fault(name, version=error.current)
+        case base.Moved():
+            return Fault(name, version=error.version)
+        case base.NotHolder():
+            return Fault(name, group=error.group)
+        case base.Fenced():
+            return Fault(name, number=error.promised)
+        case base.EntryConflict():
+            return Fault(name, detail=error.entry_id)
+        case _:
+            return Fault(name, detail=str(error))
+
+
+def from_fault(fault: Fault) -> StoreError:
+    """The StoreError that travelled; one this version does not know is Unavailable."""
+    if fault.name == "StaleVersion" and fault.version is not None:
+        return base.StaleVersion(fault.version)
+    if fault.name == "Moved" and fault.version is not None:
+        return base.Moved(fault.version)
+    if fault.name == "NotHolder" and fault.group is not None:
+        return base.NotHolder(fault.group)
+    if fault.name == "Fenced":
+        return base.Fenced(fault.number)
+    if fault.name == "EntryConflict":
+        return base.EntryConflict(fault.detail)
+    known = _ERRORS.get(fault.name)
+    return known(fault.detail) if known is not None else base.Unavailable(f"{fault.name}: {fault.detail}")

@@ -1,0 +1,160 @@
+"""Carrying every commit to every other region, and knowing who holds what.
+
+One worker a target (`regions.replication_target`). The outbox rows written in the commit's own transaction are
+the record of what is still to be sent; a target that is away costs neither writers nor other targets anything.
+Durable answers also release those who wait for `quorum`, `all` or a narrowing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from infra.clock import Clock
+from origin.store import base
+from origin.store.base import ReplicaLog
+from regions.peer_client import PeerTransport
+from regions.replication_target import ReplicationLimits, Submit, Target, TargetStatistics
+from regions.topology import Topology
+
+
+class _Waiter:
+    """Someone waits until enough targets hold a thread up to `v`."""
+
+    def __init__(self, v: int, enough: Callable[[set[str]], bool]) -> None:
+        self.v = v
+        self.enough = enough
+        self.confirmed: set[str] = set()
+        self.done = asyncio.Event()
+
+    def confirm(self, target: str, v: int) -> None:
+        if v >= self.v:
+            self.confirmed.add(target)
+            if self.enough(self.confirmed):
+                self.done.set()
+
+
+class Replicator:
+    """All targets of one region. `committed` is the writer's hook; `start` and `close` its life."""
+
+    def __init__(
+        self,
+        *,
+        topology: Topology,
+        log: ReplicaLog,
+        submit: Submit,
+        transport: PeerTransport,
+        clock: Clock,
+        rng: random.Random,
+        limits: ReplicationLimits | None = None,
+    ) -> None:
+        self._topology = topology
+        self._log = log
+        self._clock = clock
+        self._waiters: dict[str, list[_Waiter]] = {}
+        self._targets = {
+            region: Target(
+                region,
+                topology=topology,
+                log=log,
+                submit=submit,
+                transport=transport,
+                clock=clock,
+                rng=rng,
+                limits=limits or ReplicationLimits(),
+                confirm=self._confirm,
+            )
+            for region in topology.peers
+        }
+
+    async def start(self) -> None:
+        for target in self._targets.values():
+            target.start()
+
+    async def close(self) -> None:
+        await asyncio.gather(*(target.close() for target in self._targets.values()))
+
+    def committed(self, operations: Sequence[base.Operation], outcomes: Sequence[base.Outcome]) -> None:
+        """Hand what a batch appended here as holder to every target."""
+        for operation, outcome in zip(operations, outcomes, strict=True):
+            if not isinstance(operation, base.Write) or not isinstance(outcome, base.Written):
+                continue
+            new = [entry for entry in outcome.entries if entry.seq > outcome.base_v]
+            if new and not outcome.replayed:
+                for target in self._targets.values():
+                    target.offer(outcome, new, operation.traceparent)
+        for target in self._targets.values():
+            target.kick()
+
+    def reachable(self) -> frozenset[str]:
+        """Peers that answered a heartbeat lately."""
+        return frozenset(region for region, target in self._targets.items() if target.reachable)
+
+    async def confirmations(
+        self, thread_id: str, v: int, *, enough: Callable[[set[str]], bool], seconds_max: float
+    ) -> frozenset[str]:
+        """Wait until the targets that durably hold the thread up to `v` are `enough`, or the time is up.
+
+        Returns those that do. Counts answers from before the call too, so that the retry of a write waits
+        for the durability that it asks for itself.
+        """
+        waiter = _Waiter(v, enough)
+        waiters = self._waiters.setdefault(thread_id, [])
+        waiters.append(waiter)
+        try:
+            # Registered before the outbox is read: an answer between the two is seen by one of them.
+            missing = await self._log.unconfirmed(thread_id)
+            for region, target in self._targets.items():
+                held = v if region not in missing else max(missing[region], target.unflushed(thread_id))
+                waiter.confirm(region, held)
+            if not enough(waiter.confirmed):
+                try:
+                    async with asyncio.timeout(seconds_max):
+                        await waiter.done.wait()
+                except TimeoutError:
+                    pass
+            return frozenset(waiter.confirmed)
+        finally:
+            waiters.remove(waiter)
+            if not waiters:
+                self._waiters.pop(thread_id, None)
+
+    async def settle(self, region: str, seconds_max: float) -> bool:
+        """True when all that was committed before the call has been confirmed by `region` in time."""
+        return await self._targets[region].settle(seconds_max)
+
+    def retry_parked(self) -> None:
+        """Look at the outbox again, after parked threads were released."""
+        for target in self._targets.values():
+            target.look_again()
+
+    def statistics(self) -> dict[str, TargetStatistics]:
+        return {region: target.statistics() for region, target in self._targets.items()}
+
+    def _confirm(self, target: str, thread_id: str, v: int) -> None:
+        for waiter in self._waiters.get(thread_id, ()):
+            waiter.confirm(target, v)
+
+
+def statistics_json(
+    statistics: Mapping[str, TargetStatistics], backlogs: Mapping[str, base.Backlog]
+) -> dict[str, object]:
+    """Peers as `GET /peer/status` shows them."""
+    return {
+        region: {
+            "reachable": seen.reachable,
+            "incarnation": seen.incarnation,
+            "breaker": seen.breaker,
+            "in_flight": seen.in_flight,
+            "backlog_threads": backlogs[region].threads,
+            "oldest_s": round(backlogs[region].oldest_s, 3),
+            "parked": backlogs[region].parked,
+            "last_error": backlogs[region].last_error or seen.last_error,
+            "requests_total": seen.requests_total,
+            "entries_sent_total": seen.entries_sent_total,
+            "bytes_sent_total": seen.bytes_sent_total,
+            "failures_total": seen.failures_total,
+        }
+        for region, seen in statistics.items()
+    }
