@@ -1,0 +1,430 @@
+"""The edge: composes its parts and takes every request through one order.
+
+Promise: limits, then what the path may mean, then who asks, then the route; spoofed identity goes on for nobody, and to
+the region only what the edge itself signed. Own answers are health, metrics, `/api/auth/verify` and cached listings;
+everything else is passed through. Without a region, an issuer or a peer key it is a plain proxy. Left to others: each
+part's own promise, the process around it (`cli.py`, `infra/server.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from random import Random
+from typing import Any, Final
+from urllib.parse import unquote
+
+from aiohttp import web
+from aiohttp.http import SERVER_SOFTWARE
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from edge.auth import REALM, AuthProblem, TokenVerifier, TrustedIssuer, VerifiedToken
+from edge.balancer import Balancer
+from edge.feed import Feed
+from edge.headers import CACHE_STATUS, POSITION_HEADER, for_client, for_fill, for_origin
+from edge.jwks import FileSource, IssuerKeys, UrlSource
+from edge.listing import ENTRY_BYTES_MAX, PATHS, Ask, Fetched, Listings
+from edge.paths import Access, PathRules
+from edge.proxy import (
+    SAFE_METHODS,
+    OriginBroken,
+    Presence,
+    Proxy,
+    Upstream,
+    broken_off,
+    check_declared_size,
+    make_session,
+    target_of,
+)
+from infra.clock import SYSTEM_CLOCK, Clock
+from infra.identity import IdentityError, IdentitySigner, IdentityVerifier, Principal, load_peer_key
+from infra.metrics import Metrics
+from infra.problem import Problem, problem_middleware
+from infra.server import Lifecycle, add_health_routes, cut_quietly
+from infra.settings import IssuerSettings, Settings, SettingsError
+from infra.trace import trace_middleware
+
+VERIFY_PATH: Final = "/api/auth/verify"
+THREADS_PATH: Final = "/api/threads"
+MODEL_TIMEOUT_S: Final = 600.0
+"""How long a model may think before its first byte."""
+
+# Only labels for the metrics; each leads to the same handler.
+TEMPLATES: Final = (
+    "/",
+    "/openapi.json",
+    "/docs",
+    "/t/{id}",
+    "/cdn/{path:.+}",
+    "/api/threads",
+    "/api/threads/list",
+    "/api/threads/search",
+    "/api/threads/events",
+    "/api/threads/{id}",
+    "/api/threads/{id}/messages",
+    "/api/threads/{id}/events",
+    VERIFY_PATH,
+    "/api/assets/repomap",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/{other:.*}",
+)
+_NO_METHODS: Final = frozenset({"CONNECT", "TRACE"})
+_NOT_THREADS: Final = frozenset({"list", "search", "events"})
+
+log = logging.getLogger(__name__)
+
+
+class Edge:
+    """One edge process' parts. Make it inside the running event loop; `lifespan` runs and closes it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        lifecycle: Lifecycle,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        rng: Random | None = None,
+    ) -> None:
+        origins = origins_of(settings)
+        rng = rng or Random()
+        edge = settings.edge
+        self._lifecycle = lifecycle
+        self._region = settings.region
+        self._body_bytes_max = settings.server.body_bytes_max
+        self._rules = PathRules(edge.public)
+        self.metrics = Metrics()
+        self._refused = self.metrics.counter("edge_auth_failures_total", "Requests not let in, by reason.", ("reason",))
+        self._session = make_session()
+        self.balancer = Balancer(origins, clock=clock)
+        self.presence = Presence()
+        self._upstream = Upstream(self._session, self.balancer, self.metrics, headers_timeout_s=edge.origin_timeout_s)
+        self._proxy = Proxy(self._upstream, self.presence, body_bytes_max=self._body_bytes_max)
+        self._keys = {
+            issuer.issuer: IssuerKeys(self._key_source(issuer), issuer.algorithms, clock=clock, rng=rng)
+            for issuer in settings.auth.issuers
+        }
+        self.verifier = TokenVerifier(
+            (
+                TrustedIssuer(issuer.issuer, issuer.audience, frozenset(issuer.algorithms), self._keys[issuer.issuer])
+                for issuer in settings.auth.issuers
+            ),
+            clock=clock,
+        )
+        self._signer: IdentitySigner | None = None
+        self.feed: Feed | None = None
+        self.listings: Listings | None = None
+        if settings.region:
+            key = load_peer_key(settings.sync.peer_key_file)
+            name = f"edge:{settings.region}"
+            self._signer = IdentitySigner(key, name, clock)
+            server = IdentityVerifier(key.public_key(), name, clock)
+            self.feed = Feed(settings.region, origins, self._session, self._signer, server, clock=clock, rng=rng)
+            self.listings = Listings(
+                self.feed,
+                self.metrics,
+                ttl_s=edge.listing_ttl_s,
+                size_bytes_max=edge.listing_bytes_max,
+                clock=clock,
+            )
+            self.feed.listen(self.listings)
+        self._add_checks()
+        self._add_gauges()
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Every request that is not for the edge's own health or metrics."""
+        if request.method in _NO_METHODS:
+            allowed = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+            raise Problem(405, "method-not-allowed", f"{request.method} is not served.", headers={"Allow": allowed})
+        if "Expect" in request.headers and not _expects_continue(request):
+            raise Problem(417, "expectation-failed", "The only expectation understood is 100-continue.")
+        check_declared_size(request, self._body_bytes_max)
+        path = target_of(request).partition("?")[0]
+        access = self._rules.access(path)
+        if access is Access.NEVER:
+            raise Problem(404, "not-found", "Nothing is served at this path.")
+        if access is Access.OPEN:
+            return await self._proxy.forward(request, for_origin(request, identity=None, keep_authorization=True))
+        verified = await self._authenticate(request)
+        if path == VERIFY_PATH:
+            return _claims_response(request, verified)
+        if self.listings is not None:
+            if path in PATHS and request.method in ("GET", "HEAD"):
+                return await self._listing(self.listings, request, path, verified.principal)
+            if path.startswith(THREADS_PATH) and request.method not in SAFE_METHODS:
+                return await self._write(self.listings, request, path, verified.principal)
+        timeout_s = MODEL_TIMEOUT_S if path.startswith("/v1/") else None
+        return await self._pass(request, verified.principal, headers_timeout_s=timeout_s)
+
+    async def expect(self, request: web.Request) -> None:
+        """`Expect: 100-continue`: the body is asked for only if it may be sent (RFC 9110 §10.1.1); what may not is
+        refused by `handle`, like anything else."""
+        if request.version >= (1, 1) and await self._wants_body(request):
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the answer itself has not begun
+
+    async def _wants_body(self, request: web.Request) -> bool:
+        if not _expects_continue(request) or (request.content_length or 0) > self._body_bytes_max:
+            return False
+        access = self._rules.access(target_of(request).partition("?")[0])
+        if access is not Access.PROTECTED:
+            return access is Access.OPEN
+        try:
+            await self.verifier.authenticate(request.headers.getall("Authorization", ()))
+        except AuthProblem:
+            return False
+        return True
+
+    async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
+        """For `app.cleanup_ctx`: the background work."""
+        work: dict[str, Coroutine[Any, Any, None]] = {"presence": self.presence.run(self._lifecycle.draining)}
+        if self.feed is not None:
+            work["feed"] = self.feed.run()
+        for issuer, keys in self._keys.items():
+            work[f"keys of {issuer}"] = keys.run()
+        tasks = [_background(name, coroutine) for name, coroutine in work.items()]
+        yield
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+        await self.close()
+
+    async def close(self) -> None:
+        """Idempotent."""
+        await self._session.close()
+
+    async def _authenticate(self, request: web.Request) -> VerifiedToken:
+        try:
+            return await self.verifier.authenticate(request.headers.getall("Authorization", ()))
+        except AuthProblem as problem:
+            self._refused.labels(problem.reason).inc()
+            raise
+
+    async def _pass(
+        self,
+        request: web.Request,
+        principal: Principal,
+        *,
+        cache_status: str | None = None,
+        on_answer: Callable[[int, CIMultiDictProxy[str]], None] | None = None,
+        headers_timeout_s: float | None = None,
+    ) -> web.StreamResponse:
+        def check(status: int, headers: CIMultiDictProxy[str]) -> None:
+            self._check_believed(status)
+            if on_answer is not None:
+                on_answer(status, headers)
+
+        return await self._proxy.forward(
+            request,
+            for_origin(request, identity=self._identity(principal)),
+            answer_headers=CIMultiDict({CACHE_STATUS: cache_status}) if cache_status else None,
+            on_answer=check,
+            headers_timeout_s=headers_timeout_s,
+        )
+
+    async def _listing(
+        self, listings: Listings, request: web.Request, path: str, principal: Principal
+    ) -> web.StreamResponse:
+        target = target_of(request)
+        query = target.partition("?")[2]
+        wants = _directives(request)
+        if "no-store" in wants or "consistency=" in query or "X-Sync-Min-Version" in request.headers:
+            return await self._pass(request, principal, cache_status="weft; fwd=request")
+
+        async def fetch() -> Fetched:
+            headers = for_fill(identity=self._identity(principal))
+            body = bytearray()
+            try:
+                async with self._upstream.exchange("GET", target, headers) as answer:
+                    self._check_believed(answer.status)
+                    passed = for_client(answer.headers)
+                    while chunk := await self._upstream.read(answer):
+                        body += chunk
+                        if len(body) > ENTRY_BYTES_MAX:
+                            return Fetched(answer.status, passed, None)
+                    return Fetched(answer.status, passed, bytes(body))
+            except OriginBroken as exc:
+                raise broken_off("GET") from exc
+
+        ask = Ask(
+            principal=principal,
+            path=path,
+            query=query,
+            refresh=bool({"no-cache", "max-age=0"} & wants),
+            if_none_match=",".join(request.headers.getall("If-None-Match", ())),
+        )
+        answer = await listings.answer(ask, fetch)
+        if isinstance(answer, str):
+            return await self._pass(request, principal, cache_status=answer)
+        return answer
+
+    async def _write(
+        self, listings: Listings, request: web.Request, path: str, principal: Principal
+    ) -> web.StreamResponse:
+        thread_id = _thread_id(path)
+        answered = False
+
+        def on_answer(status: int, headers: CIMultiDictProxy[str]) -> None:
+            # Before the client hears of it: its next listing must show what it wrote.
+            nonlocal answered
+            answered = True
+            if not 400 <= status < 500:
+                position = headers.get(POSITION_HEADER, "")
+                known = int(position) if position.isascii() and position.isdigit() else None
+                listings.wrote(principal, thread_id, known)
+
+        try:
+            return await self._pass(request, principal, on_answer=on_answer)
+        finally:
+            if not answered:
+                listings.wrote(principal, thread_id, None)
+
+    def _identity(self, principal: Principal) -> str | None:
+        if self._signer is None:
+            return None
+        try:
+            return self._signer.identity_token(principal, f"region:{self._region}")
+        except IdentityError as exc:
+            detail = "The token's subject, team and email are too long to be passed on."
+            raise AuthProblem(401, "claims", detail, f'{REALM}, error="invalid_token"') from exc
+
+    def _check_believed(self, status: int) -> None:
+        # The user's token was verified here; a 401 is between the region and us, and no new login would help.
+        if status == 401 and self._signer is not None:
+            raise Problem(502, "identity-refused", "The region does not accept this edge's signed identity.")
+
+    def _key_source(self, issuer: IssuerSettings) -> FileSource | UrlSource:
+        if issuer.jwks_file is not None:
+            return FileSource(issuer.jwks_file)
+        try:
+            return UrlSource(issuer.jwks_url, self._session)
+        except ValueError as exc:
+            raise SettingsError(f"auth.issuers: jwks_url {exc}") from exc
+
+    def _add_checks(self) -> None:
+        async def region() -> str | None:
+            return self.feed.trouble() if self.feed is not None else None
+
+        async def origin() -> str | None:
+            return self.balancer.trouble()
+
+        if self.feed is not None:
+            self._lifecycle.add_check("region", region)
+        else:
+            self._lifecycle.add_check("origin", origin)
+
+    def _add_gauges(self) -> None:
+        metrics = self.metrics
+        metrics.gauge_family(
+            "edge_origin_in_flight",
+            "Requests at each origin now.",
+            ("origin",),
+            lambda: {(origin.url,): origin.in_flight for origin in self.balancer.statistics()},
+        )
+        metrics.gauge_family(
+            "edge_keys",
+            "Usable keys of each issuer.",
+            ("issuer",),
+            lambda: {(issuer,): keys.statistics().keys for issuer, keys in self._keys.items()},
+        )
+        metrics.gauge_family(
+            "edge_keys_age_seconds",
+            "Since each issuer's key set could last be read.",
+            ("issuer",),
+            lambda: {(name,): age for name, keys in self._keys.items() if (age := keys.statistics().age_s) is not None},
+        )
+        if self.feed is None or self.listings is None:
+            return
+        feed, listings = self.feed, self.listings
+        metrics.gauge("edge_feed_live", "1 while the region's feed can be relied on.", callback=feed.live)
+        metrics.gauge("edge_feed_position", "Changes up to here were applied.", callback=lambda: feed.position)
+        metrics.gauge(
+            "edge_feed_silent_seconds",
+            "Since the feed's last line.",
+            callback=lambda: silent if (silent := feed.statistics().silent_s) is not None else float("inf"),
+        )
+        metrics.gauge("edge_listing_entries", "Listings held.", callback=lambda: listings.statistics().items)
+        metrics.gauge("edge_listing_bytes", "What they weigh.", callback=lambda: listings.statistics().size_bytes)
+
+
+EDGE: Final = web.AppKey("edge", Edge)
+
+
+async def build_app(
+    settings: Settings, lifecycle: Lifecycle, *, clock: Clock = SYSTEM_CLOCK, rng: Random | None = None
+) -> web.Application:
+    """The edge's application, to be served with `auto_decompress=False`. SettingsError, IdentityKeyError."""
+    edge = Edge(settings, lifecycle, clock=clock, rng=rng)
+    app = web.Application(
+        middlewares=[
+            cut_quietly,
+            trace_middleware,
+            edge.metrics.middleware(),
+            problem_middleware(lambda exc: None),
+        ]
+    )
+    app[EDGE] = edge
+    add_health_routes(app, lifecycle)
+    app.router.add_get("/metrics", edge.metrics.metrics_handler)
+    for template in TEMPLATES:
+        app.router.add_route("*", template, edge.handle, expect_handler=edge.expect)
+    app.cleanup_ctx.append(edge.lifespan)
+    app.on_response_prepare.append(drop_server_software)
+    return app
+
+
+async def drop_server_software(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """aiohttp signs every answer that has no Server header: wrong for an origin's, and nobody's business for ours."""
+    if response.headers.get("Server") == SERVER_SOFTWARE:
+        del response.headers["Server"]
+
+
+def origins_of(settings: Settings) -> tuple[str, ...]:
+    """Where requests go: the origins set, else the region's own address. SettingsError without either."""
+    if settings.edge.origins:
+        return settings.edge.origins
+    if settings.region:
+        return (settings.regions[settings.region].url,)
+    raise SettingsError("edge.origins is required where no region is set; allowed: a list of http(s) addresses")
+
+
+def _claims_response(request: web.Request, verified: VerifiedToken) -> web.Response:
+    if request.method not in ("GET", "HEAD"):
+        raise Problem(405, "method-not-allowed", "Claims are read with GET.", headers={"Allow": "GET, HEAD"})
+    # Not orjson: a token may hold integers of any size, and text that only an escape can carry.
+    return web.Response(
+        body=json.dumps(verified.claims, separators=(",", ":")).encode(),
+        headers={"Content-Type": "application/json", "Cache-Control": "no-store"},
+    )
+
+
+def _expects_continue(request: web.Request) -> bool:
+    return request.headers.get("Expect", "").lower() == "100-continue"
+
+
+def _directives(request: web.Request) -> frozenset[str]:
+    """The request's cache directives, lower case; `Pragma: no-cache` where there are none (RFC 9111 §5.4)."""
+    fields = request.headers.getall("Cache-Control", None) or request.headers.getall("Pragma", [])
+    return frozenset(part.strip().lower() for value in fields for part in value.split(","))
+
+
+def _thread_id(path: str) -> str | None:
+    name = unquote(path.removeprefix(THREADS_PATH).strip("/").partition("/")[0])
+    return name if name and name not in _NOT_THREADS else None
+
+
+def _background(name: str, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task that runs as long as the process; its end is news."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            log.critical("background work ended: %s", name, exc_info=task.exception())
+
+    task = asyncio.create_task(coroutine, name=name)
+    task.add_done_callback(ended)
+    return task

@@ -1,0 +1,304 @@
+"""The edge's ear at its region: follows the region's change feed and says whether it can be relied on right now.
+
+Promise: listeners hear of every change after the position they started from, in order, or are told to forget all they
+hold (`reset`); `live` is true only while the region has said within the lease that it has nothing more to tell, so a
+half-open connection, a stopped process, a replay after an outage and a feed that lags all count as not live.
+Left to others: what a change makes stale (`listing.py`), and what the region puts into the feed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+from typing import Final, Protocol
+
+import aiohttp
+import msgspec
+
+from infra.clock import SYSTEM_CLOCK, Clock
+from infra.identity import (
+    IDENTITY_HEADER,
+    SERVER_IDENTITY_HEADER,
+    WIRE,
+    WIRE_HEADER,
+    IdentityError,
+    IdentitySigner,
+    IdentityVerifier,
+)
+from infra.retry import RetryEvent, retrying
+
+
+class FeedLost(Exception):
+    """The feed cannot be followed any further on this connection; the message says why."""
+
+
+LEASE_S: Final = 3.0
+"""How long after its last line the region still counts as heard; it sends one a second."""
+CONNECT_TIMEOUT_S: Final = 2.0
+RECONNECT_INITIAL_S: Final = 0.05
+RECONNECT_MAX_S: Final = 2.0
+PATH: Final = "/peer/feed"
+
+log = logging.getLogger(__name__)
+
+
+class Hello(msgspec.Struct, frozen=True, tag_field="type", tag="hello"):
+    """The first line, and one in midstream when the region lost our place. `reset`: nothing held from before is known
+    to be good; `position` is where the feed goes on from."""
+
+    region: str
+    incarnation: str
+    position: int
+    reset: bool
+
+
+class Change(msgspec.Struct, frozen=True, tag_field="type", tag="change"):
+    """A thread that changed: entries, visibility, deletion."""
+
+    position: int
+    thread_id: str
+    version: str
+    issuer: str
+    owner: str
+    visibility: str
+    team: str | None = None
+    deleted: bool = False
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag_field="type", tag="heartbeat"):
+    """Everything up to `position` has been sent."""
+
+    position: int
+
+
+class FeedListener(Protocol):
+    """Who holds what a change makes stale. Both are called in the feed's order and must not fail."""
+
+    def changed(self, change: Change) -> None: ...
+
+    def reset(self) -> None:
+        """Anything may have changed: forget all."""
+        ...
+
+
+class FeedView(Protocol):
+    """What a cache asks of the feed: `Feed`, or a test's own."""
+
+    @property
+    def position(self) -> int: ...
+
+    def live(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FeedStatistics:
+    region: str
+    incarnation: str
+    position: int
+    live: bool
+    silent_s: float | None
+    """Since the last line; None before the first."""
+    connects: int
+    changes: int
+    resets: int
+    last_error: str | None
+
+
+class Feed:
+    """Follows the feed of `region` at any one of `urls`. `run` connects, and connects again, until cancelled."""
+
+    def __init__(
+        self,
+        region: str,
+        urls: Sequence[str],
+        session: aiohttp.ClientSession,
+        signer: IdentitySigner,
+        verifier: IdentityVerifier,
+        listeners: Sequence[FeedListener] = (),
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        rng: Random | None = None,
+        lease_s: float = LEASE_S,
+    ) -> None:
+        if not urls:
+            raise ValueError("a feed needs at least one url")
+        self._region = region
+        self._urls = tuple(urls)
+        self._session = session
+        self._signer = signer
+        self._verifier = verifier
+        self._listeners = list(listeners)
+        self._clock = clock
+        self._rng = rng or Random()
+        self._lease_s = lease_s
+        self._incarnation: str | None = None
+        """Whose positions ours are; None while there is nothing to resume from."""
+        self._position = 0
+        self._connected = False
+        self._current_at: float | None = None
+        """When the region last said that we know all it knows; a change alone does not say that it was the last."""
+        self._heard_at: float | None = None
+        self._attempts = self._connects = self._changes = self._resets = 0
+        self._last_error: str | None = None
+
+    def listen(self, listener: FeedListener) -> None:
+        self._listeners.append(listener)
+
+    @property
+    def position(self) -> int:
+        """Everything up to here was told to the listeners."""
+        return self._position
+
+    def live(self) -> bool:
+        """Whether what was not dropped by now is as fresh as the lease promises."""
+        return self.trouble() is None
+
+    def trouble(self) -> str | None:
+        """Why the feed is not live; None when it is."""
+        if not self._connected:
+            return f"feed lost: {self._last_error or 'not connected yet'}"
+        if self._current_at is None:
+            return "feed catching up"
+        age = self._clock.monotonic() - self._current_at
+        return f"feed silent for {age:.1f} s" if age >= self._lease_s else None
+
+    def statistics(self) -> FeedStatistics:
+        return FeedStatistics(
+            region=self._region,
+            incarnation=self._incarnation or "",
+            position=self._position,
+            live=self.live(),
+            silent_s=None if self._heard_at is None else self._clock.monotonic() - self._heard_at,
+            connects=self._connects,
+            changes=self._changes,
+            resets=self._resets,
+            last_error=self._last_error,
+        )
+
+    async def run(self) -> None:
+        """Follow the feed until cancelled."""
+        while True:
+            try:
+                await retrying(
+                    self._follow,
+                    on=(FeedLost,),
+                    attempts=sys.maxsize,
+                    seconds_max=math.inf,
+                    rng=self._rng,
+                    clock=self._clock,
+                    wait_initial=RECONNECT_INITIAL_S,
+                    wait_max=RECONNECT_MAX_S,
+                    on_retry=self._waiting,
+                )
+                await self._clock.sleep(self._rng.uniform(0.0, RECONNECT_INITIAL_S))
+            except Exception:
+                # A fault of ours: whether the listeners heard everything is not known any more.
+                log.exception("following the feed failed")
+                self._incarnation = None
+                await self._clock.sleep(RECONNECT_MAX_S)
+
+    async def _follow(self) -> None:
+        """One connection. FeedLost if it never said hello, else a return when it is over."""
+        url = self._urls[self._attempts % len(self._urls)]
+        self._attempts += 1
+        try:
+            async with self._open(url) as lines:
+                message = await self._next(lines)
+                if not isinstance(message, Hello):
+                    raise FeedLost("the feed does not begin with a hello")
+                while True:
+                    self._heard(message)
+                    message = await self._next(lines)
+        except (FeedLost, aiohttp.ClientError, OSError, IdentityError) as exc:
+            greeted = self._connected
+            self._last_error = str(exc) or type(exc).__name__
+            if not greeted:
+                raise FeedLost(self._last_error) from exc
+            log.warning("feed lost: %s", self._last_error, extra={"fields": {"position": self._position}})
+        finally:
+            self._connected = False
+            self._current_at = None
+
+    @asynccontextmanager
+    async def _open(self, url: str) -> AsyncGenerator[aiohttp.StreamReader]:
+        headers = {
+            IDENTITY_HEADER: self._signer.service_token(f"region:{self._region}"),
+            WIRE_HEADER: str(WIRE),
+        }
+        query: dict[str, str] = {}
+        if self._incarnation is not None:
+            query = {"after": str(self._position), "incarnation": self._incarnation}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=self._lease_s)
+        async with self._session.get(
+            url + PATH, params=query, headers=headers, allow_redirects=False, timeout=timeout
+        ) as answer:
+            if answer.status != 200:
+                raise FeedLost(f"{url} answered {answer.status}")
+            server = self._verifier.verify(answer.headers.get(SERVER_IDENTITY_HEADER, ""))
+            if (server.role, server.region) != ("region", self._region):
+                raise FeedLost(f"{url} is {server.issuer}, not region:{self._region}")
+            yield answer.content
+
+    async def _next(self, lines: aiohttp.StreamReader) -> Hello | Change | Heartbeat:
+        """The next line of a kind we know; kinds of a newer region are skipped, broken lines are not."""
+        while True:
+            try:
+                line = await lines.readline()
+            except aiohttp.SocketTimeoutError as exc:
+                raise FeedLost(f"nothing heard for {self._lease_s:g} s") from exc
+            except ValueError as exc:
+                raise FeedLost(f"a line that is too long: {exc}") from exc
+            if not line:
+                raise FeedLost("the region closed the feed")
+            self._heard_at = self._clock.monotonic()
+            try:
+                if msgspec.json.decode(line, type=_Kind).type in _KINDS:
+                    return msgspec.json.decode(line, type=Hello | Change | Heartbeat)
+            except msgspec.MsgspecError as exc:
+                raise FeedLost(f"a line that makes no sense: {exc}") from exc
+
+    def _heard(self, message: Hello | Change | Heartbeat) -> None:
+        match message:
+            case Hello():
+                self._greeted(message)
+            case Change():
+                self._changes += 1
+                for listener in self._listeners:
+                    listener.changed(message)
+                self._position = max(self._position, message.position)
+            case Heartbeat():
+                self._position = max(self._position, message.position)
+                self._current_at = self._clock.monotonic()
+
+    def _greeted(self, hello: Hello) -> None:
+        if hello.region != self._region:
+            raise FeedLost(f"this is the feed of {hello.region}, not of {self._region}")
+        if not self._connected:
+            self._connects += 1
+            self._connected = True
+        self._last_error = None
+        resumed = not hello.reset and (hello.incarnation, hello.position) == (self._incarnation, self._position)
+        if not resumed:
+            self._resets += 1
+            for listener in self._listeners:
+                listener.reset()
+            self._position, self._incarnation = hello.position, hello.incarnation
+        # Holding nothing we are current; else only once what was missed has been told, which a heartbeat says.
+        self._current_at = None if resumed else self._clock.monotonic()
+        log.info("feed connected", extra={"fields": {"position": hello.position, "resumed": resumed}})
+
+    def _waiting(self, event: RetryEvent) -> None:
+        if event.attempt == 1:
+            log.warning("feed not connected: %s", event.error)
+
+
+class _Kind(msgspec.Struct, frozen=True):
+    type: str
+
+
+_KINDS: Final = frozenset({"hello", "change", "heartbeat"})

@@ -1,0 +1,111 @@
+"""Which headers cross the edge, and which the edge writes itself.
+
+Promise: what belongs to one connection stays on it (RFC 9110 §7.6.1, headers that `Connection` lists included);
+nothing by which a client could claim to be someone, in whatever spelling, reaches the region; nothing internal reaches
+a client. Left to others: the values of identity (`infra/identity.py`) and the body's framing (aiohttp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from aiohttp import web
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from infra.identity import IDENTITY_HEADER, is_identity_header
+from infra.trace import current_trace
+
+POSITION_HEADER: Final = "X-Sync-Position"
+"""Of a region's answer: the feed position that includes it. For the edge only."""
+CACHE_STATUS: Final = "Cache-Status"
+VIA: Final = "1.1 weft"
+
+HOP_BY_HOP: Final = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authentication-info",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+# Written anew for each hop: by aiohttp, or below.
+_REWRITTEN: Final = frozenset(
+    {"host", "expect", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "via", "traceparent"}
+)
+_SPOOFABLE: Final = frozenset({"remote-email", "remote-groups", "remote-name", "remote-user", "x-sync-position"})
+_SPOOFABLE_PREFIXES: Final = ("x-weft-", "x-auth-request-", "x-remote-")
+
+
+def claims_identity(name: str) -> bool:
+    """Whether a header of this name is ever to be taken from a client."""
+    plain = name.lower().replace("_", "-")
+    return plain.startswith(_SPOOFABLE_PREFIXES) or plain in _SPOOFABLE or is_identity_header(plain)
+
+
+def for_origin(request: web.BaseRequest, *, identity: str | None, keep_authorization: bool = False) -> CIMultiDict[str]:
+    """The headers that go on with `request`: the client's own, cleaned, and what the edge says about it.
+
+    `identity` is the token of the verified user. The client's Authorization goes on only if `keep_authorization`.
+    """
+    dropped = _connection_listed(request.headers)
+    headers: CIMultiDict[str] = CIMultiDict()
+    for name, value in request.headers.items():
+        lower = name.lower()
+        if lower in HOP_BY_HOP or lower in _REWRITTEN or lower in dropped or claims_identity(lower):
+            continue
+        if lower == "authorization" and not keep_authorization:
+            continue
+        headers.add(name, value)
+    if request.remote:
+        earlier = request.headers.getall("X-Forwarded-For", [])
+        headers["X-Forwarded-For"] = ", ".join((*earlier, request.remote))
+    headers["X-Forwarded-Host"] = request.headers.get("Host", "")
+    headers["X-Forwarded-Proto"] = request.scheme
+    headers["Via"] = ", ".join((*request.headers.getall("Via", []), VIA))
+    _describe(headers, identity)
+    return headers
+
+
+def for_fill(*, identity: str | None) -> CIMultiDict[str]:
+    """The headers of a request that the edge makes for its own cache, on behalf of whoever `identity` names."""
+    headers: CIMultiDict[str] = CIMultiDict({"Accept": "application/json", "Via": VIA})
+    _describe(headers, identity)
+    return headers
+
+
+def for_client(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    """The headers of an origin's answer that its client may see, and ours."""
+    dropped = _connection_listed(headers)
+    kept: CIMultiDict[str] = CIMultiDict()
+    for name, value in headers.items():
+        lower = name.lower()
+        if lower in HOP_BY_HOP or lower in dropped or lower == "via" or claims_identity(lower):
+            continue
+        kept.add(name, value)
+    kept["Via"] = ", ".join((*headers.getall("Via", []), VIA))
+    return kept
+
+
+def _describe(headers: CIMultiDict[str], identity: str | None) -> None:
+    trace = current_trace.get()
+    if trace is not None:
+        headers["traceparent"] = str(trace)
+    if identity is not None:
+        headers[IDENTITY_HEADER] = identity
+
+
+def _connection_listed(headers: CIMultiDictProxy[str]) -> frozenset[str]:
+    listed = headers.getall("Connection", ())
+    return frozenset(_names(listed)) - {"content-length"} if listed else frozenset()
+
+
+def _names(values: Iterable[str]) -> Iterable[str]:
+    for value in values:
+        yield from (name.strip().lower() for name in value.split(","))
