@@ -1,0 +1,26 @@
+"""Every case, in the order in which `make bench` runs them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.bench import (
+    http_append,
+    importing,
+    listing_scale,
+    load_thread,
+    replication_bytes,
+    replication_latency,
+    store_append,
+)
+from tests.bench.harness import Case
+
+CASES: Final[tuple[Case, ...]] = (
+    store_append.CASE,
+    http_append.CASE,
+    listing_scale.CASE,
+    load_thread.CASE,
+    replication_latency.CASE,
+    replication_bytes.CASE,
+    importing.CASE,
+)

@@ -1,0 +1,65 @@
+"""Engines for the contract suites: each test runs over every implementation of its protocol."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from origin.store.base import ReplicaLog, ThreadStore
+from origin.store.memory import MemoryStore
+from origin.store.sqlite import SqliteStore
+from origin.writer import BatchedWriter
+from tests.support.builders import REGIONS
+from tests.support.fakeclock import FakeClock
+
+
+class Engine(ThreadStore, ReplicaLog, Protocol): ...
+
+
+OpenEngine = Callable[..., Awaitable[Engine]]
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+async def open_engine(request: pytest.FixtureRequest, tmp_path: Path, clock: FakeClock) -> AsyncIterator[OpenEngine]:
+    """Opens an engine of the kind the test runs over, one for each region it names; closed at the end."""
+    opened: list[Engine] = []
+
+    async def open_one(region: str = "us-east") -> Engine:
+        if request.param == "memory":
+            engine: Engine = MemoryStore(region=region, members=REGIONS, clock=clock)
+        else:
+            engine = await SqliteStore.open(tmp_path / region, region=region, members=REGIONS, clock=clock)
+        opened.append(engine)
+        return engine
+
+    yield open_one
+    for engine in opened:
+        await engine.close()
+
+
+@pytest.fixture
+async def engine(open_engine: OpenEngine) -> Engine:
+    """The engine of us-east."""
+    return await open_engine()
+
+
+@pytest.fixture
+async def store(
+    request: pytest.FixtureRequest, engine: Engine, batched: bool, clock: FakeClock
+) -> AsyncIterator[ThreadStore]:
+    """The engine itself, or the batching writer before it."""
+    if not batched:
+        yield engine
+        return
+    writer = BatchedWriter(engine, clock=clock)
+    writer.start()
+    yield writer
+    await writer.close()

@@ -1,0 +1,235 @@
+"""The model test: whatever is asked of SQLite in whatever order, memory gives the same outcomes.
+
+Random batches of every operation, good and bad, go to both; now and then, and after the last, everything an
+outsider can see of the two must be equal. What one engine forgets, caches wrongly or leaves behind shows here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from origin.store.base import (
+    Acknowledge,
+    AdoptGroup,
+    Draft,
+    GroupRow,
+    KeyReused,
+    ListQuery,
+    MeetPeer,
+    Operation,
+    Postpone,
+    StoreError,
+    Trim,
+    Unpark,
+    Version,
+    Write,
+)
+from origin.store.memory import MemoryStore
+from origin.store.sqlite import SqliteStore
+from tests.contract.conftest import Engine
+from tests.support.builders import (
+    REGIONS,
+    append,
+    change,
+    create,
+    delete,
+    delta_from,
+    key,
+    message,
+    patch,
+    received,
+    upsert,
+    user,
+)
+from tests.support.fakeclock import FakeClock
+
+HERE, PEER, THIRD = REGIONS
+THREADS = [f"{number:08d}-0000-4000-8000-000000000000" for number in range(3)]
+FOREIGN = [f"{number:08d}-0000-4000-8000-00000000000f" for number in range(2)]
+ANN, CID, BOB = user("ann", "red"), user("cid", "red"), user("bob")
+USERS = [ANN, ANN, CID, BOB]
+WEIGHTS = {
+    "create": 1, "append": 3, "patch": 1, "title": 1, "upsert": 1, "delete": 1, "expect": 1, "broken": 1, "adopt": 1,
+    "delta": 3, "altered": 1, "ack": 2, "postpone": 1, "unpark": 1, "meet": 1, "trim": 1,
+}  # fmt: skip
+KINDS = [kind for kind, weight in WEIGHTS.items() for _ in range(weight)]
+
+
+Choice = tuple[str, int, int, int]
+CHOICES = st.tuples(st.sampled_from(KINDS), st.integers(0, 8), st.integers(0, 8), st.integers(0, 8))
+BATCHES = st.lists(st.lists(CHOICES, min_size=1, max_size=6), min_size=2, max_size=12)
+
+
+def batches_of(seed: int) -> list[list[Choice]]:
+    """A long history, which hypothesis would rarely draw."""
+    rng = random.Random(seed)
+
+    def choice() -> Choice:
+        return rng.choice(KINDS), rng.randrange(9), rng.randrange(9), rng.randrange(9)
+
+    return [[choice() for _ in range(rng.randrange(1, 7))] for _ in range(30)]
+
+
+class Scripted:
+    """Turns drawn numbers into operations; keeps a peer whose deltas it sends."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+        self.peer = MemoryStore(region=PEER, members=REGIONS, clock=clock)
+
+    async def operation(self, choice: Choice) -> Operation:
+        kind, a, b, c = choice
+        thread_id, actor = THREADS[a % 3], USERS[b % 4]
+        keyed = key(f"k{c}", "f" if b else "another") if c < 2 else None
+        drafts = tuple(message(f"m{(b + n) % 9}", f"text {c % 2} word{n}") for n in range(1 + c % 3))
+        at = f"2026-01-01T00:00:0{c}Z"
+        match kind:
+            case "create":
+                visibility = ["private", "team", "public"][c % 3]
+                return create(thread_id, actor, messages=drafts, idempotency=keyed, visibility=visibility, at=at)
+            case "append":
+                return append(thread_id, *drafts, actor=actor, idempotency=keyed)
+            case "patch":
+                draft = patch(str(b), visibility=["private", "team", "public"][c % 3], archived=c % 2 == 0)
+                return change(thread_id, draft, actor)
+            case "title":
+                return change(thread_id, patch(str(b), title=["", "word0 one", "two"][c % 3]), ANN)
+            case "upsert":
+                given_patch = patch(f"u{b}", title=f"t{c}", metadata={"k": c % 2})
+                return upsert(thread_id, *drafts, actor=actor, patch=given_patch, title="first")
+            case "delete":
+                return (
+                    delete(thread_id, actor, id=str(b)) if c < 2 else append(thread_id, message(f"d{c}"), actor=actor)
+                )
+            case "expect":
+                return append(thread_id, *drafts, actor=actor, expect=Version(1, c))
+            case "broken":
+                return Write(thread_id, actor, "update", messages=(Draft("message", f"x{c}", b"{nonsense"),))
+            case "adopt":
+                # Rarely the group under test: nothing could be written to it again.
+                group = HERE if (b, c) == (0, 0) else THIRD
+                return AdoptGroup(GroupRow(group, 1 + c % 3, REGIONS[b % 3], 1 + c % 3))
+            case "ack":
+                return Acknowledge(REGIONS[b % 3], ((thread_id, c), (THREADS[b % 3], a)))
+            case "postpone":
+                return Postpone(REGIONS[b % 3], thread_id, "busy", self.clock.time() + c - 4, parked=c % 2 == 0)
+            case "unpark":
+                return Unpark(None if c == 0 else REGIONS[b % 3])
+            case "meet":
+                return MeetPeer(REGIONS[b % 3], f"disk-{c % 2}")
+            case "trim":
+                return Trim(int((self.clock.time() - c) * 1e6), feed_rows_max=1 + a)
+        return await self.delta(FOREIGN[a % 2], b, c, altered=kind == "altered")
+
+    async def delta(self, thread_id: str, b: int, c: int, *, altered: bool) -> Operation:
+        """Some span of a thread that grows at the peer, now and then with one bit wrong."""
+        row = await self.peer.row(thread_id)
+        if row is None:
+            write = create(thread_id, ANN, group=PEER, visibility="team", title="word0", idempotency=key(thread_id))
+        elif c == 7:
+            write = change(thread_id, patch(f"p{row.v}", visibility="private"), ANN)
+        elif c == 8 and b > 5:
+            write = delete(thread_id, ANN, id=str(row.v))
+        else:
+            write = append(thread_id, message(f"f{row.v}", "word1"), message(f"g{row.v}"), actor=ANN)
+        await self.peer.commit([write])
+        delta = await delta_from(self.peer, thread_id, b % 4, upto=b % 4 + c)
+        if altered and delta.entries:
+            first = delta.entries[0]
+            wrong = type(first)(first.seq, first.epoch, first.kind, first.id, first.meta, first.body + b" ", first.hash)
+            delta = type(delta)(
+                delta.id, delta.base_v, delta.base_hash, (wrong, *delta.entries[1:]), delta.commit_v, delta.access
+            )
+        return received(delta, group=HERE if altered and c == 0 else PEER, epoch=1 if b < 8 else 0)
+
+
+def comparable(outcome: object) -> object:
+    return (type(outcome), str(outcome)) if isinstance(outcome, StoreError) else outcome
+
+
+async def visible(engine: Engine) -> dict[str, object]:
+    """All that an outsider can learn of an engine."""
+    seen: dict[str, object] = {"groups": engine.groups, "bounds": await engine.feed_bounds()}
+    statistics = await engine.statistics()
+    seen["statistics"] = (statistics.threads, statistics.entries, statistics.position)
+    seen["changes"] = list(await engine.changes(0, 1_000))
+    for thread_id in (*THREADS, *FOREIGN):
+        seen[f"row {thread_id}"] = await engine.row(thread_id)
+        seen[f"log {thread_id}"] = await engine.slice(thread_id, 0, bytes_max=1 << 30)
+        seen[f"access {thread_id}"] = await engine.access(thread_id, 1)
+        seen[f"unconfirmed {thread_id}"] = dict(await engine.unconfirmed(thread_id))
+    for target in REGIONS:
+        for due_before in (0.0, 1e12):
+            rows = await engine.outbox(target, due_before=due_before, limit=100)
+            seen[f"outbox {target} {due_before}"] = {row.thread_id: row for row in rows}
+        seen[f"backlog {target}"] = await engine.backlog(target)
+    for actor in (ANN, CID, BOB):
+        for text in (None, "word0", "text 1"):
+            for scope in ("mine", "team"):
+                query = ListQuery(actor, scope, None, 2, text=text)  # pyright: ignore[reportArgumentType]
+                seen[f"list {actor} {scope} {text}"] = await engine.list(query)
+        for name in ("k0", "k1", *FOREIGN):
+            try:
+                replayed = await engine.replay(actor, key(name))
+                seen[f"key {actor} {name}"] = replayed and (replayed.row, replayed.version, replayed.entries)
+            except KeyReused as error:
+                seen[f"key {actor} {name}"] = str(error)
+    return seen
+
+
+async def _same_to_see(memory: Engine, disk: Engine) -> None:
+    mine, theirs = await visible(memory), await visible(disk)
+    for name in mine:
+        assert theirs[name] == mine[name], name
+
+
+async def _agree(batches: Sequence[Sequence[Choice]], folder: Path) -> None:
+    clock = FakeClock()
+    script = Scripted(clock)
+    memory = MemoryStore(region=HERE, members=REGIONS, clock=clock, rng=random.Random(1))
+    disk = await SqliteStore.open(folder, region=HERE, members=REGIONS, clock=clock, body_file_bytes=300)
+    try:
+        start = [create(THREADS[0], ANN, visibility="team"), create(THREADS[1], ANN, messages=[message("m1", "word0")])]
+        assert list(await disk.commit(start)) == list(await memory.commit(start))
+        for number, batch in enumerate(batches):
+            operations = [await script.operation(choice) for choice in batch]
+            expected = [comparable(outcome) for outcome in await memory.commit(operations)]
+            assert [comparable(outcome) for outcome in await disk.commit(operations)] == expected
+            clock.step(1)
+            if number % 4 == 3:
+                await _same_to_see(memory, disk)
+                await disk.close()
+                disk = await SqliteStore.open(folder, region=HERE, members=REGIONS, clock=clock, body_file_bytes=300)
+        await _same_to_see(memory, disk)
+    finally:
+        await disk.close()
+
+
+def _run(batches: Sequence[Sequence[Choice]]) -> None:
+    with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        asyncio.run(_agree(batches, Path(folder) / "store"))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(BATCHES)
+def test_memory_and_sqlite_give_the_same_outcomes(batches: list[list[Choice]]) -> None:
+    _run(batches)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_memory_and_sqlite_give_the_same_outcomes_over_long_histories(seed: int) -> None:
+    _run(batches_of(seed))
+
+
+@pytest.mark.full
+def test_memory_and_sqlite_give_the_same_outcomes_over_hundreds_of_histories() -> None:
+    for seed in range(1_000, 1_300):
+        _run(batches_of(seed))

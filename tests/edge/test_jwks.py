@@ -1,0 +1,422 @@
+"""Key sets: which keys are taken, and how they are kept fresh through rotations and outages."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from random import Random
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, rsa, x25519
+from jwt.algorithms import OKPAlgorithm, RSAAlgorithm
+
+from edge.jwks import (
+    JWKS_BYTES_MAX,
+    STALE_S_MAX,
+    UNKNOWN_KID_COOLDOWN_S,
+    FileSource,
+    IssuerKeys,
+    JwksError,
+    KeysUnavailable,
+    UrlSource,
+    base64url_decode,
+    check_jwks_url,
+    load_keys,
+)
+from edge.proxy import make_session
+from tests.support.fakeclock import FakeClock, settle
+
+ALGORITHMS = frozenset({"ES256", "ES384", "EdDSA", "RS256"})
+
+
+def load(*keys: object, algorithms: frozenset[str] = ALGORITHMS):
+    return load_keys(json.dumps({"keys": keys}).encode(), algorithms)
+
+
+def test_each_key_is_bound_to_the_algorithms_that_fit_it(signer):
+    signer.add_rsa()
+    signer.add_ed25519()
+    signer.add("es384", "ES384", ec.generate_private_key(ec.SECP384R1()))
+    keys = load_keys(signer.jwks(), ALGORITHMS).keys
+    assert {key.kid: set(key.algorithms) for key in keys} == {
+        "es": {"ES256"},
+        "rs": {"RS256"},
+        "ed": {"EdDSA"},
+        "es384": {"ES384"},
+    }
+
+
+def test_a_key_without_alg_may_verify_what_is_set_for_the_issuer_and_fits(signer):
+    signer.add_rsa()
+    jwk = {name: value for name, value in signer.jwk("rs").items() if name != "alg"}
+    found = load(jwk, algorithms=frozenset({"RS256", "PS512", "ES256"}))
+    assert found.keys[0].algorithms == {"RS256", "PS512"}
+
+
+def changed(jwk: dict, **changes: object) -> dict:
+    return {name: value for name, value in {**jwk, **changes}.items() if value is not ...}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"use": "enc"}, "use is not sig"),
+        ({"use": None}, "use is not sig"),
+        ({"key_ops": ["sign"]}, "key_ops"),
+        ({"key_ops": []}, "key_ops"),
+        ({"key_ops": "verify"}, "key_ops"),
+        ({"key_ops": ["verify", "verify"]}, "key_ops"),
+        ({"key_ops": [["verify"]]}, "key_ops"),
+        ({"d": "AAAA"}, "private members (d)"),
+        ({"k": "AAAA"}, "private members (k)"),
+        ({"kid": 7}, "kid"),
+        ({"kid": ""}, "kid"),
+        ({"alg": "ES384"}, "alg does not fit"),
+        ({"alg": "HS256"}, "alg does not fit"),
+        ({"alg": ["ES256"]}, "alg does not fit"),
+        ({"crv": "P-384"}, "coordinate"),
+        ({"crv": "P-521"}, "coordinate"),
+        ({"crv": "secp256k1"}, "crv"),
+        ({"crv": ["P-256"]}, "crv"),
+        ({"crv": ...}, "crv"),
+        ({"x": ...}, "x is missing"),
+        ({"y": "A" * 43}, "not a valid public key"),
+        ({"x": "AA"}, "coordinate"),
+        ({"x": "A" * 42 + "B"}, "canonical"),
+        ({"x": "A+" * 21 + "A"}, "base64url"),
+        ({"kty": "oct"}, "symmetric"),
+        ({"kty": "RSA"}, "n is missing"),
+        ({"kty": "OKP"}, "crv"),
+        ({"kty": "ec"}, "kty"),
+        ({"kty": ...}, "kty"),
+    ],
+)
+def test_an_unfit_key_is_refused_alone_and_says_why(signer, changes, why):
+    good = signer.jwk("es")
+    found = load(changed(good, **{"kid": "bad", "alg": ..., **changes}), good)
+    assert [key.kid for key in found.keys] == ["es"]
+    assert len(found.refused) == 1 and why in found.refused[0]
+
+
+@pytest.mark.parametrize("entry", [None, 7, "key", [], [{}]])
+def test_an_entry_that_is_no_object_is_refused_alone(signer, entry):
+    found = load(entry, signer.jwk("es"))
+    assert (len(found.keys), len(found.refused)) == (1, 1)
+
+
+@pytest.mark.parametrize("bits", [1024, 2047])
+def test_a_weak_rsa_key_is_refused(bits):
+    # 2047 bits: a modulus just too short, made from a longer one.
+    modulus = rsa.generate_private_key(65537, 2048 if bits == 2047 else bits).public_key().public_numbers().n
+    jwk = {"kty": "RSA", "kid": "weak", "e": "AQAB", "n": _b64((modulus >> 1 | 1) if bits == 2047 else modulus)}
+    found = load(jwk)
+    assert not found.keys and f"RSA of {bits} bits" in found.refused[0]
+
+
+@pytest.mark.parametrize("exponent", [1, 2, 65536])
+def test_an_rsa_exponent_that_is_none_is_refused(exponent):
+    jwk = RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 2048).public_key(), as_dict=True)
+    found = load({**jwk, "key_ops": ["verify"], "e": _b64(exponent)})
+    assert not found.keys and "no RSA number" in found.refused[0]
+
+
+def test_a_private_rsa_key_is_refused():
+    jwk = RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 2048), as_dict=True)
+    found = load({**jwk, "key_ops": ["verify"]})
+    assert not found.keys and "private members" in found.refused[0]
+
+
+def test_a_key_for_agreement_is_no_signing_key():
+    jwk = {
+        "kty": "OKP",
+        "crv": "X25519",
+        "x": _b64_bytes(x25519.X25519PrivateKey.generate().public_key().public_bytes_raw()),
+    }
+    assert "crv" in load(jwk).refused[0]
+
+
+def test_an_ed448_key_is_taken():
+    jwk = OKPAlgorithm.to_jwk(ed448.Ed448PrivateKey.generate().public_key(), as_dict=True)
+    assert len(load(jwk).keys) == 1
+
+
+def test_two_keys_of_one_name_are_both_refused(signer):
+    signer.add_rsa()
+    signer.add_ed25519()
+    found = load({**signer.jwk("es"), "kid": "same"}, {**signer.jwk("rs"), "kid": "same"}, signer.jwk("ed"))
+    assert [key.kid for key in found.keys] == ["ed"]
+    assert "used by 2 keys" in found.refused[0]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [b"", b"[]", b"{}", b'{"keys":{}}', b'{"keys":null}', b"\xff", b'{"keys":[],"keys":[]}', b"[" * 100_000,
+     json.dumps({"keys": [{}] * 101}).encode()],
+)  # fmt: skip
+def test_a_document_that_is_no_key_set_is_refused_whole(document):
+    with pytest.raises(JwksError):
+        load_keys(document, ALGORITHMS)
+
+
+def test_base64url_is_read_in_its_one_spelling():
+    assert base64url_decode("AQAB") == b"\x01\x00\x01"
+    for other in ("", "AQAB=", "AQAB\n", "A", "AQ-_=", "AR", "AQ+/"):
+        with pytest.raises(ValueError):
+            base64url_decode(other)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://login.example/k", "http://127.0.0.1:1/k", "http://localhost/k", "http://[::1]/k"]
+)
+def test_keys_may_come_over_https_or_from_this_machine(url):
+    check_jwks_url(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://login.example/k", "http://127.0.0.1.evil.example/", "file:///etc/passwd", "ftp://localhost/", "https://"],
+)
+def test_keys_may_come_from_nowhere_else(url):
+    with pytest.raises(ValueError):
+        check_jwks_url(url)
+
+
+class Script:
+    """A source that answers what the test says, when the test says."""
+
+    refresh_s = 300.0
+
+    def __init__(self, document: bytes | Exception) -> None:
+        self.document = document
+        self.reads = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def read(self) -> bytes:
+        self.reads += 1
+        await self.gate.wait()
+        if isinstance(self.document, Exception):
+            raise self.document
+        return self.document
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def source(signer) -> Script:
+    return Script(signer.jwks())
+
+
+@pytest.fixture
+def keys(source, clock) -> IssuerKeys:
+    return IssuerKeys(source, ALGORITHMS, clock=clock, rng=Random(1))
+
+
+def add_key(signer, source: Script, kid: str) -> None:
+    signer.add(kid, "ES256", ec.generate_private_key(ec.SECP256R1()))
+    source.document = signer.jwks()
+
+
+async def test_the_first_question_loads_the_keys_once_for_all_who_ask(keys, source):
+    source.gate.clear()
+    asking = [asyncio.create_task(keys.find("es", "ES256")) for _ in range(20)]
+    await settle()
+    source.gate.set()
+    assert all(len(found) == 1 for found in await asyncio.gather(*asking))
+    assert source.reads == 1
+
+
+async def test_a_rotated_key_is_found_by_the_first_token_signed_with_it(keys, source, signer):
+    await keys.find("es", "ES256")
+    add_key(signer, source, "new")
+    before = keys.generation
+    assert len(await keys.find("new", "ES256")) == 1
+    assert keys.generation == before + 1
+
+
+async def test_unknown_kids_cost_one_fetch_per_cooldown(keys, source, clock):
+    await keys.find("es", "ES256")
+    for number in range(50):
+        assert not await keys.find(f"made-up-{number}", "ES256")
+    assert source.reads == 2
+    clock.step(UNKNOWN_KID_COOLDOWN_S)
+    assert not await keys.find("made-up", "ES256")
+    assert source.reads == 3
+
+
+async def test_all_who_wait_for_a_new_kid_share_one_fetch(keys, source, signer):
+    await keys.find("es", "ES256")
+    add_key(signer, source, "new")
+    source.gate.clear()
+    asking = [asyncio.create_task(keys.find("new", "ES256")) for _ in range(20)]
+    await settle()
+    source.gate.set()
+    assert all(len(found) == 1 for found in await asyncio.gather(*asking))
+    assert source.reads == 2
+
+
+async def test_a_known_kid_with_an_unfit_algorithm_asks_nobody(keys, source):
+    assert not await keys.find("es", "RS256")
+    assert source.reads == 1
+
+
+async def test_a_removed_key_is_gone_after_the_next_refresh(keys, source, signer, clock):
+    running = asyncio.create_task(keys.run())
+    add_key(signer, source, "new")
+    del signer.keys["es"]
+    await settle()
+    source.document = signer.jwks()
+    await clock.advance(301)
+    assert not await keys.find("es", "ES256")
+    assert len(await keys.find("new", "ES256")) == 1
+    running.cancel()
+
+
+async def test_the_same_document_again_keeps_the_generation(keys, source):
+    await keys.find("es", "ES256")
+    before = keys.generation
+    await keys.refresh()
+    assert (keys.generation, source.reads) == (before, 2)
+
+
+@pytest.mark.parametrize("fault", [JwksError("down"), b"<html>", b'{"keys":'])
+async def test_the_last_good_keys_are_kept_through_an_outage(keys, source, clock, fault):
+    running = asyncio.create_task(keys.run())
+    await settle()
+    good, source.document = source.document, fault
+    before = keys.generation
+    await clock.advance(3600)
+    assert len(await keys.find("es", "ES256")) == 1
+    assert keys.generation == before
+    assert keys.statistics().last_error
+    source.document = good
+    await clock.advance(60)
+    assert keys.statistics().last_error is None
+    running.cancel()
+
+
+async def test_an_outage_is_asked_about_less_and_less(keys, source, clock):
+    source.document = JwksError("down")
+    running = asyncio.create_task(keys.run())
+    await clock.advance(600)
+    assert 20 <= source.reads <= 60
+    running.cancel()
+
+
+async def test_keys_nobody_vouched_for_in_a_day_are_given_up(keys, source, clock):
+    await keys.find("es", "ES256")
+    before = keys.generation
+    source.document = JwksError("down")
+    clock.step(STALE_S_MAX)
+    assert len(await keys.find("es", "ES256")) == 1
+    clock.step(1)
+    assert keys.generation > before
+    with pytest.raises(KeysUnavailable):
+        await keys.find("es", "ES256")
+
+
+async def test_without_a_first_load_nothing_is_known_and_asking_is_bounded(keys, source, clock, signer):
+    source.document = JwksError("down")
+    for _ in range(10):
+        with pytest.raises(KeysUnavailable, match="down"):
+            await keys.find("es", "ES256")
+    assert source.reads == 1
+    source.document = signer.jwks()
+    clock.step(1)
+    assert len(await keys.find("es", "ES256")) == 1
+
+
+async def test_a_file_is_read_again_when_it_changes(tmp_path: Path, signer):
+    path = tmp_path / "jwks.json"
+    path.write_bytes(b'{"keys":[]}')
+    source = FileSource(path)
+    assert await source.read() == b'{"keys":[]}'
+    replacement = tmp_path / "new"
+    replacement.write_bytes(signer.jwks())
+    os.replace(replacement, path)
+    assert await source.read() == signer.jwks()
+    path.unlink()
+    with pytest.raises(JwksError, match=r"jwks\.json"):
+        await source.read()
+
+
+async def test_an_oversized_file_is_refused(tmp_path: Path):
+    path = tmp_path / "jwks.json"
+    path.write_bytes(b" " * (JWKS_BYTES_MAX + 1))
+    with pytest.raises(JwksError, match="larger"):
+        await FileSource(path).read()
+
+
+class Provider:
+    """The web side of an identity provider."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.answer = lambda: web.Response(body=b'{"keys":[]}')
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(request.path)
+        answer = self.answer()
+        return await answer if asyncio.iscoroutine(answer) else answer
+
+
+@pytest.fixture
+async def provider():
+    provider = Provider()
+    app = web.Application()
+    app.router.add_get("/{tail:.*}", provider.handle)
+    async with TestServer(app) as server, make_session() as session:
+        provider.source = UrlSource(str(server.make_url("/jwks")), session, timeout_s=0.2)
+        yield provider
+
+
+async def test_a_url_is_read(provider, signer):
+    provider.answer = lambda: web.Response(body=signer.jwks())
+    assert await provider.source.read() == signer.jwks()
+
+
+async def test_a_redirect_is_not_followed(provider):
+    provider.answer = lambda: web.Response(status=302, headers={"Location": "/elsewhere"})
+    with pytest.raises(JwksError, match="302"):
+        await provider.source.read()
+    assert provider.asked == ["/jwks"]
+
+
+async def test_an_endless_answer_is_cut_at_the_limit(provider):
+    provider.answer = lambda: web.Response(body=b" " * (JWKS_BYTES_MAX + 1))
+    with pytest.raises(JwksError, match="larger"):
+        await provider.source.read()
+
+
+async def test_a_provider_that_hangs_is_given_up(provider):
+    async def hang() -> web.Response:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    provider.answer = hang
+    with pytest.raises(JwksError, match="no answer within"):
+        await provider.source.read()
+
+
+async def test_a_provider_that_is_gone_is_an_error_of_ours():
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(JwksError):
+            await UrlSource("http://127.0.0.1:1/jwks", session).read()
+
+
+def _b64(number: int) -> str:
+    return _b64_bytes(number.to_bytes((number.bit_length() + 7) // 8, "big"))
+
+
+def _b64_bytes(content: bytes) -> str:
+    import base64
+
+    return base64.urlsafe_b64encode(content).rstrip(b"=").decode()

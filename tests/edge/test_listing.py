@@ -1,0 +1,400 @@
+"""Cached listings: what is served from memory, what drops it, and the interleavings that must not leave it stale."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+
+import pytest
+from aiohttp import web
+from multidict import CIMultiDict
+
+from edge.feed import Change
+from edge.listing import Ask, Fetched, Listings, Marks, canonical_query, matches
+from infra.identity import Principal
+from infra.metrics import Metrics
+from tests.support.fakeclock import FakeClock, settle
+
+ADA = Principal("i", "ada", "blue")
+BOB = Principal("i", "bob", "blue")
+EVE = Principal("i", "eve")
+
+
+class ScriptedFeed:
+    def __init__(self) -> None:
+        self.position = 0
+        self.is_live = True
+
+    def live(self) -> bool:
+        return self.is_live
+
+
+class Region:
+    """The threads as the region has them; a fetch reads them when the test lets it."""
+
+    def __init__(self) -> None:
+        self.threads = ["t1"]
+        self.fetches = 0
+        self.status = 200
+        self.headers: dict[str, str] = {}
+        self.body: bytes | None = None
+        self.before_read = asyncio.Event()
+        self.before_answer = asyncio.Event()
+        self.before_read.set()
+        self.before_answer.set()
+
+    async def fetch(self) -> Fetched:
+        self.fetches += 1
+        await self.before_read.wait()
+        body = self.body or json.dumps({"threads": [{"id": name, "title": ""} for name in self.threads]}).encode()
+        await self.before_answer.wait()
+        return Fetched(self.status, CIMultiDict({"Content-Type": "application/json", **self.headers}), body)
+
+
+@pytest.fixture
+def feed() -> ScriptedFeed:
+    return ScriptedFeed()
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def region() -> Region:
+    return Region()
+
+
+@pytest.fixture
+def listings(feed, clock) -> Listings:
+    return Listings(feed, Metrics(process=False), ttl_s=5.0, size_bytes_max=1 << 20, clock=clock)
+
+
+@pytest.fixture
+def ask(listings, region) -> Callable[..., asyncio.Task[web.Response | str]]:
+    def ask(principal: Principal = ADA, query: str = "", **more) -> asyncio.Task[web.Response | str]:
+        return asyncio.ensure_future(listings.answer(Ask(principal, "/api/threads", query, **more), region.fetch))
+
+    return ask
+
+
+def change(thread_id: str = "t1", owner: str = "ada", position: int = 1, **more) -> Change:
+    return Change(position, thread_id, "1.2", "i", owner, "private", **more)
+
+
+def threads(response: web.Response | str) -> list[str]:
+    assert isinstance(response, web.Response) and isinstance(response.body, bytes)
+    return [thread["id"] for thread in json.loads(response.body)["threads"]]
+
+
+def status(response: web.Response | str) -> str:
+    return response if isinstance(response, str) else response.headers["Cache-Status"]
+
+
+async def test_a_listing_is_fetched_once_and_then_served_from_memory(ask, region, clock):
+    first = await ask()
+    clock.step(2)
+    second = await ask()
+    assert (threads(first), status(first)) == (["t1"], "weft; fwd=uri-miss; stored")
+    assert (threads(second), status(second), second.headers["Age"]) == (["t1"], "weft; hit; ttl=3", "2")
+    assert "Age" not in first.headers
+    assert region.fetches == 1
+
+
+async def test_a_listing_is_one_principals_own(ask, region):
+    for principal in (
+        ADA,
+        BOB,
+        EVE,
+        Principal("other", "ada", "blue"),
+        Principal("i", "ada"),
+        Principal("i", "ada", "red"),
+    ):
+        assert status(await ask(principal)) == "weft; fwd=uri-miss; stored"
+    assert region.fetches == 6
+
+
+async def test_the_order_of_parameters_does_not_matter_and_their_values_do(ask, region):
+    await ask(query="limit=5&scope=team")
+    assert "hit" in status(await ask(query="scope=team&limit=5"))
+    assert "uri-miss" in status(await ask(query="scope=team&limit=6"))
+    assert region.fetches == 2
+    assert canonical_query("b=2&a=2&&a=1") == "a=2&a=1&b=2"
+
+
+@pytest.mark.parametrize(
+    ("principal", "told"),
+    [
+        (ADA, change("t1")),
+        (ADA, change("new-of-mine")),
+        (ADA, change("t9", owner="bob", team="blue")),
+        (BOB, change("t9", owner="ada", team="blue", deleted=True)),
+        # Un-shared: no team is named any more, but the listing shows the thread.
+        (BOB, change("t1", owner="ada", team=None)),
+        (EVE, change("t1", owner="ada", deleted=True)),
+    ],
+)
+async def test_a_change_drops_the_listings_it_may_show_in(ask, listings, region, principal, told):
+    await ask(principal)
+    region.threads = ["t2"]
+    listings.changed(told)
+    assert threads(await ask(principal)) == ["t2"]
+
+
+async def test_a_change_of_others_drops_nothing(ask, listings, region):
+    await ask(EVE)
+    listings.changed(change("t9", owner="ada", team="blue"))
+    listings.changed(Change(2, "t8", "1.1", "other-issuer", "eve", "private", "blue"))
+    assert "hit" in status(await ask(EVE))
+
+
+async def test_a_reset_drops_everything(ask, listings, region):
+    await ask(ADA)
+    await ask(EVE)
+    listings.reset()
+    assert "uri-miss" in status(await ask(ADA))
+    assert "uri-miss" in status(await ask(EVE))
+
+
+async def test_without_a_live_feed_nothing_is_served_or_kept(ask, feed, region):
+    await ask()
+    feed.is_live = False
+    assert await ask() == "weft; fwd=bypass; detail=feed-lost"
+    assert region.fetches == 1
+
+
+async def test_a_fill_that_ends_with_the_feed_lost_is_not_kept(ask, feed, region):
+    region.before_answer.clear()
+    asking = ask()
+    await settle()
+    feed.is_live = False
+    region.before_answer.set()
+    assert status(await asking) == "weft; fwd=uri-miss"
+    feed.is_live = True
+    await ask()
+    assert region.fetches == 2
+
+
+async def test_a_listing_lives_no_longer_than_its_time(ask, clock, region):
+    await ask()
+    clock.step(5)
+    assert "uri-miss" in status(await ask())
+
+
+@pytest.mark.parametrize(
+    "told",
+    [change("t1"), change("t5"), change("t9", owner="bob", team="blue"), change("t1", owner="bob", team=None)],
+    ids=["shown", "new", "of the team", "taken out of the team"],
+)
+async def test_a_fill_that_raced_a_change_is_not_kept(ask, listings, region, told):
+    # The region reads its threads, the change commits and is told, and only then does the answer arrive.
+    region.before_answer.clear()
+    asking = ask()
+    await settle()
+    listings.changed(told)
+    region.threads = ["t2"]
+    region.before_answer.set()
+    assert (threads(await asking), status(await asking)) == (["t1"], "weft; fwd=uri-miss")
+    assert threads(await ask()) == ["t2"]
+
+
+async def test_a_fill_that_raced_a_reset_is_not_kept(ask, listings, region):
+    region.before_answer.clear()
+    asking = ask()
+    await settle()
+    listings.reset()
+    region.before_answer.set()
+    assert status(await asking) == "weft; fwd=uri-miss"
+    assert "uri-miss" in status(await ask())
+
+
+async def test_a_fill_is_kept_when_only_others_changed_meanwhile(ask, listings, region):
+    region.before_answer.clear()
+    asking = ask()
+    await settle()
+    listings.changed(change("t9", owner="zoe"))
+    region.before_answer.set()
+    assert "stored" in status(await asking)
+
+
+async def test_all_who_ask_at_once_share_one_fetch(ask, region):
+    region.before_answer.clear()
+    asking = [ask() for _ in range(10)]
+    await settle()
+    region.before_answer.set()
+    answers = [status(await task) for task in asking]
+    assert region.fetches == 1
+    assert sorted(answers) == ["weft; fwd=uri-miss; collapsed"] * 9 + ["weft; fwd=uri-miss; stored"]
+
+
+async def test_who_asks_after_a_change_does_not_join_a_fetch_from_before(ask, listings, region):
+    region.before_answer.clear()
+    early = ask()
+    await settle()
+    region.threads = ["t2"]
+    listings.changed(change("t1"))
+    late = ask()
+    await settle()
+    region.before_answer.set()
+    assert threads(await early) == ["t1"]
+    assert threads(await late) == ["t2"]
+    assert region.fetches == 2
+
+
+async def test_a_writer_reads_the_write_though_the_feed_has_not_told_of_it(ask, listings, region):
+    await ask(ADA)
+    region.threads = ["t2"]
+    listings.wrote(ADA, "t2", 7)
+    assert threads(await ask(ADA)) == ["t2"]
+
+
+async def test_the_team_of_a_writer_reads_the_write_too(ask, listings, region):
+    await ask(BOB)
+    region.threads = ["t2"]
+    listings.wrote(ADA, None, None)
+    assert threads(await ask(BOB)) == ["t2"]
+
+
+async def test_a_fill_that_raced_a_write_is_neither_kept_nor_shared_with_the_writer(ask, listings, region):
+    region.before_answer.clear()
+    early = ask(ADA)
+    await settle()
+    region.threads = ["t2"]
+    listings.wrote(ADA, "t2", 7)
+    late = ask(ADA)
+    await settle()
+    region.before_answer.set()
+    await early
+    assert threads(await late) == ["t2"]
+
+
+async def test_nothing_is_served_to_a_writer_until_the_feed_has_passed_the_write(ask, listings, feed, region):
+    listings.wrote(ADA, "t1", 7)
+    feed.position = 6
+    await ask(ADA)
+    assert "fwd=stale" in status(await ask(ADA))
+    assert "uri-miss" in status(await ask(EVE))
+    assert "hit" in status(await ask(EVE))
+    feed.position = 7
+    assert "hit" in status(await ask(ADA))
+
+
+async def test_positions_of_another_count_are_forgotten_with_everything_else(ask, listings, feed):
+    listings.wrote(ADA, "t1", 1_000_000)
+    listings.reset()
+    await ask(ADA)
+    assert "hit" in status(await ask(ADA))
+
+
+async def test_a_client_may_ask_for_the_regions_own_answer(ask, region):
+    await ask()
+    region.threads = ["t2"]
+    fresh = await ask(refresh=True)
+    assert (threads(fresh), status(fresh)) == (["t2"], "weft; fwd=request; stored")
+    assert threads(await ask()) == ["t2"]
+
+
+async def test_a_reload_does_not_join_a_fetch_under_way(ask, region):
+    region.before_answer.clear()
+    early, fresh = ask(), ask(refresh=True)
+    await settle()
+    region.before_answer.set()
+    await early
+    await fresh
+    assert region.fetches == 2
+
+
+async def test_a_client_that_has_it_gets_a_304(ask, region):
+    region.headers = {"ETag": '"e1"', "Link": '<x>; rel="next"'}
+    for expected in ("uri-miss", "hit"):
+        answer = await ask(if_none_match='W/"e0", "e1"')
+        assert (answer.status, answer.body, answer.headers["ETag"]) == (304, None, '"e1"')
+        assert expected in status(answer)
+        assert "Content-Type" not in answer.headers
+    assert (await ask(if_none_match='"e2"')).status == 200
+
+
+async def test_an_answer_without_validator_or_directives_gets_ours(ask, region):
+    answer = await ask()
+    assert answer.headers["ETag"].startswith('"') and answer.headers["Cache-Control"] == "private, no-cache"
+    assert (await ask(if_none_match=answer.headers["ETag"])).status == 304
+
+
+@pytest.mark.parametrize("code", [304, 400, 401, 403, 404, 429, 500, 503])
+async def test_no_other_status_is_kept(ask, region, code):
+    region.status = code
+    answer = await ask()
+    assert (answer.status, status(answer)) == (code, "weft; fwd=uri-miss")
+    await ask()
+    assert region.fetches == 2
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Cache-Control": "no-store"}, {"Set-Cookie": "a=b"}, {"Vary": "*"}, {"Content-Encoding": "gzip"}],
+)
+async def test_what_must_not_be_kept_is_not(ask, region, headers):
+    region.headers = headers
+    assert status(await ask()) == "weft; fwd=uri-miss"
+    await ask()
+    assert region.fetches == 2
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b'{"threads":[{}]}', b"<html>", b'{"threads":[{"id":7}]}'])
+async def test_an_answer_that_is_no_listing_is_passed_on_and_not_kept(ask, region, body):
+    region.body = body
+    answer = await ask()
+    assert (answer.body, status(answer)) == (body, "weft; fwd=uri-miss")
+
+
+async def test_a_listing_too_large_to_hold_is_to_be_streamed(listings):
+    async def fetch() -> Fetched:
+        return Fetched(200, CIMultiDict(), None)
+
+    assert await listings.answer(Ask(ADA, "/api/threads", ""), fetch) == "weft; fwd=uri-miss; detail=too-large"
+
+
+async def test_memory_is_bounded(feed, clock, region):
+    listings = Listings(feed, Metrics(process=False), ttl_s=5.0, size_bytes_max=20_000, clock=clock)
+    for number in range(100):
+        await listings.answer(Ask(ADA, "/api/threads", f"limit={number}"), region.fetch)
+    held = listings.statistics()
+    assert held.size_bytes <= 20_000 and 0 < held.items < 100
+
+
+async def test_a_cache_status_of_the_region_is_kept_before_ours(ask, region):
+    region.headers = {"Cache-Status": "inner; hit"}
+    assert status(await ask()) == "inner; hit, weft; fwd=uri-miss; stored"
+
+
+async def test_a_failed_fetch_fails_all_who_wait_and_is_forgotten(listings, region):
+    gate = asyncio.Event()
+
+    async def fail() -> Fetched:
+        await gate.wait()
+        raise ConnectionError("down")
+
+    asking = [asyncio.ensure_future(listings.answer(Ask(ADA, "/api/threads", ""), fail)) for _ in range(3)]
+    await settle()
+    gate.set()
+    assert all(isinstance(result, ConnectionError) for result in await asyncio.gather(*asking, return_exceptions=True))
+    assert "stored" in status(await listings.answer(Ask(ADA, "/api/threads", ""), region.fetch))
+
+
+def test_marks_remember_the_highest_and_forget_into_a_floor():
+    marks = Marks(names_max=2)
+    marks.raise_to("a", 5)
+    marks.raise_to("a", 3)
+    assert (marks.get("a"), marks.get("b")) == (5, 0)
+    marks.raise_to("b", 6)
+    marks.raise_to("c", 7)
+    assert (marks.get("a"), marks.get("b"), marks.get("z")) == (5, 6, 5)
+    marks.clear()
+    assert marks.get("a") == 0
+
+
+def test_entity_tags_are_compared_weakly():
+    assert matches('"a", W/"b"', 'W/"b"') and matches("*", '"x"') and matches('"a,b"', '"a,b"')
+    assert not matches('"a"', '"b"') and not matches("a", '"a"')

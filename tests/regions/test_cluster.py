@@ -1,0 +1,444 @@
+"""Three regions as one store: what a user may rely on while links are cut and processes stop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from origin.store.base import (
+    EntryConflict,
+    Freshness,
+    Idempotency,
+    ListQuery,
+    OutcomeUnknown,
+    StoreError,
+    ThreadDeleted,
+    ThreadExists,
+    ThreadNotFound,
+    Unavailable,
+    Version,
+    Write,
+)
+from origin.thread import Row
+from regions.coordinator import CoordinatorLimits
+from tests.support.builders import ANN, BOB, append, bodies, change, create, delete, message, patch, upsert, user
+from tests.support.cluster import REGIONS, Cluster, eventually
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    limits = CoordinatorLimits(write_seconds_max=2.0, pending_wait_s=0.5)
+    async with Cluster(tmp_path, limits=limits) as running:
+        yield running
+
+
+async def make(cluster: Cluster, region: str = "us-east", **more: object) -> str:
+    """A thread minted in `region` with one message."""
+    node = cluster[region]
+    thread_id = node.mint.thread_id()
+    await node.coordinator.write(create(thread_id, group=region, messages=[message("m1")], **more))  # type: ignore[arg-type]
+    return thread_id
+
+
+def private(write: Write) -> Write:
+    return write
+
+
+async def texts(cluster: Cluster, region: str, thread_id: str) -> list[str]:
+    page = await cluster[region].coordinator.read(thread_id, ANN)
+    return [body["id"] for body in bodies(page.messages)]
+
+
+async def test_a_thread_made_in_one_region_is_read_in_the_others_with_the_same_version_and_hash(
+    cluster: Cluster,
+) -> None:
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    versions = {str((await cluster[region].coordinator.read(thread_id, ANN)).row.version) for region in REGIONS}
+    assert versions == {"1.2"}
+
+
+async def test_a_write_elsewhere_is_readable_there_in_the_very_next_read(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    eu = cluster["eu-west"]
+    # Nothing can come by replication: what is read next came with the answer.
+    cluster.network.cut.add(("us-east", "eu-west"))
+    written = await eu.coordinator.write(append(thread_id, message("m2")))
+    local = await eu.store.read(thread_id, ANN)
+    assert [body["id"] for body in bodies(local.messages)] == ["m1", "m2"]
+    assert written.version == Version(1, 3)
+    assert [entry.id for entry in written.entries] == ["m2"]
+
+
+async def test_a_region_that_was_cut_off_for_hundreds_of_writes_catches_up_by_itself(cluster: Cluster) -> None:
+    cluster.network.isolate("ap-south")
+    ids = [await make(cluster) for _ in range(20)]
+    for round_number in range(10):
+        await asyncio.gather(
+            *(cluster["eu-west"].coordinator.write(append(it, message(f"r{round_number}"))) for it in ids)
+        )
+    await eventually(lambda: _no_backlog(cluster, "us-east", "eu-west"))
+    cluster.network.heal()
+    await eventually(cluster.converged)
+    assert await texts(cluster, "ap-south", ids[7]) == ["m1", *(f"r{number}" for number in range(10))]
+
+
+async def _no_backlog(cluster: Cluster, region: str, target: str) -> bool:
+    return (await cluster[region].store.backlog(target)).threads == 0
+
+
+async def test_writers_do_not_wait_for_a_region_that_is_away(cluster: Cluster) -> None:
+    cluster.network.isolate("ap-south")
+    async with asyncio.timeout(1.5):
+        for _ in range(20):
+            await make(cluster)
+
+
+async def test_a_region_restarted_with_its_memory_gone_still_sends_what_others_lack(cluster: Cluster) -> None:
+    cluster.network.isolate("us-east")
+    thread_id = await make(cluster)
+    await cluster["us-east"].restart()
+    cluster.network.heal()
+    await eventually(cluster.converged)
+    assert await texts(cluster, "ap-south", thread_id) == ["m1"]
+
+
+async def test_a_lost_answer_is_repeated_without_doubling_anything(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    cluster.network.mute.add(("us-east", "eu-west"))
+    await cluster["us-east"].coordinator.write(append(thread_id, message("m2")))
+    calls = lambda: cluster.network.calls["us-east", "eu-west", "/peer/replicate"]  # noqa: E731
+    seen = calls()
+
+    async def repeated() -> bool:
+        return calls() >= seen + 3
+
+    await eventually(repeated)
+    cluster.network.heal()
+    await eventually(cluster.converged)
+    assert await texts(cluster, "eu-west", thread_id) == ["m1", "m2"]
+
+
+async def test_a_thread_not_here_yet_is_fetched_from_its_region(cluster: Cluster) -> None:
+    cluster.network.cut.add(("us-east", "ap-south"))
+    thread_id = await make(cluster)
+    assert await texts(cluster, "ap-south", thread_id) == ["m1"]
+
+
+async def test_a_thread_that_arrives_while_it_is_looked_for_is_not_denied(cluster: Cluster) -> None:
+    """Not here at the first look, here at the second: the race of a read with replication."""
+    cluster.network.cut.add(("us-east", "ap-south"))
+    thread_id = await make(cluster)
+    node = cluster["ap-south"]
+    look = node.store.row
+
+    async def came() -> bool:
+        return await node.store.slice(thread_id, 0, bytes_max=1) is not None
+
+    async def look_after_it_came(wanted: str) -> Row | None:
+        cluster.network.heal()
+        await eventually(came)
+        return await look(wanted)
+
+    node.store.row = look_after_it_came  # type: ignore[method-assign]
+    assert await texts(cluster, "ap-south", thread_id) == ["m1"]
+
+
+async def test_many_readers_of_a_missing_thread_cause_one_fetch(cluster: Cluster) -> None:
+    cluster.network.cut.add(("us-east", "ap-south"))
+    thread_id = await make(cluster)
+    await asyncio.gather(*(texts(cluster, "ap-south", thread_id) for _ in range(20)))
+    assert cluster.network.calls["ap-south", "us-east", "/peer/fetch"] == 1
+
+
+async def test_absent_here_and_its_region_out_of_reach_is_unavailable_not_missing(cluster: Cluster) -> None:
+    minted = cluster["us-east"].mint.thread_id()
+    cluster.network.isolate("ap-south")
+    for thread_id in (minted, str(uuid4())):
+        with pytest.raises(Unavailable):
+            await cluster["ap-south"].coordinator.read(thread_id, ANN)
+
+
+async def test_a_region_that_holds_nothing_asks_whoever_has_it_when_the_holder_is_away(cluster: Cluster) -> None:
+    cluster.network.cut.add(("us-east", "ap-south"))
+    thread_id = await make(cluster)
+    await eventually(lambda: _has(cluster, "eu-west", thread_id))
+    cluster.network.isolate("us-east")
+    assert await texts(cluster, "ap-south", thread_id) == ["m1"]
+
+
+async def _has(cluster: Cluster, region: str, thread_id: str) -> bool:
+    return await cluster[region].store.row(thread_id) is not None
+
+
+async def test_an_id_nobody_knows_is_not_found_everywhere(cluster: Cluster) -> None:
+    for region in REGIONS:
+        for thread_id in (cluster["us-east"].mint.thread_id(), str(uuid4())):
+            with pytest.raises(ThreadNotFound):
+                await cluster[region].coordinator.read(thread_id, ANN)
+            with pytest.raises(ThreadNotFound):
+                await cluster[region].coordinator.write(append(thread_id, message("m")))
+
+
+async def test_the_same_foreign_id_at_two_regions_at_once_is_one_thread(cluster: Cluster) -> None:
+    for _ in range(10):
+        thread_id = str(uuid4())
+        results = await asyncio.gather(
+            *(
+                cluster[region].coordinator.write(upsert(thread_id, message("m1"), message("m2"), group=region))
+                for region in REGIONS
+            )
+        )
+        assert sum(result.created for result in results) == 1
+        assert len({result.row.group for result in results}) == 1
+    await eventually(cluster.converged)
+    for region in REGIONS:
+        assert await texts(cluster, region, thread_id) == ["m1", "m2"]
+
+
+async def test_a_foreign_id_that_another_user_claimed_is_hidden_or_taken(cluster: Cluster) -> None:
+    thread_id = str(uuid4())
+    await cluster["us-east"].coordinator.write(upsert(thread_id, message("m1")))
+    for region in REGIONS:
+        with pytest.raises(ThreadNotFound):
+            await cluster[region].coordinator.write(create(thread_id, BOB, group=region))
+    await cluster["us-east"].coordinator.write(change(thread_id, patch(visibility="public")))
+    await eventually(cluster.converged)
+    for region in REGIONS:
+        with pytest.raises(ThreadExists):
+            await cluster[region].coordinator.write(create(thread_id, BOB, group=region))
+
+
+async def test_a_claim_without_its_thread_is_finished_by_whoever_comes_next(cluster: Cluster) -> None:
+    thread_id = str(uuid4())
+    from origin.thread import ClaimBody
+
+    await cluster["eu-west"].coordinator.claims.claim(thread_id, ClaimBody("us-east", ANN.issuer, ANN.subject))
+    written = await cluster["ap-south"].coordinator.write(upsert(thread_id, message("m1"), group="ap-south"))
+    assert (written.created, written.row.group) == (True, "us-east")
+
+
+async def test_without_a_majority_nothing_is_created_under_a_foreign_id_but_minted_ids_go_on(
+    cluster: Cluster,
+) -> None:
+    cluster.network.isolate("us-east")
+    await eventually(lambda: _sees_nobody(cluster, "us-east"))
+    with pytest.raises(Unavailable):
+        await cluster["us-east"].coordinator.write(upsert(str(uuid4()), message("m1")))
+    with pytest.raises(Unavailable):
+        await cluster["eu-west"].coordinator.write(upsert(str(uuid4()), message("m1"), group="eu-west"))
+    await make(cluster, "us-east")
+    await make(cluster, "eu-west")
+
+
+async def _sees_nobody(cluster: Cluster, region: str) -> bool:
+    return not cluster[region].replicator.reachable()
+
+
+async def test_a_marked_id_is_created_in_the_region_of_its_mark(cluster: Cluster) -> None:
+    thread_id = cluster["ap-south"].mint.thread_id()
+    written = await cluster["eu-west"].coordinator.write(upsert(thread_id, message("m1"), group="eu-west"))
+    assert written.row.group == "ap-south"
+
+
+async def test_a_deletion_is_answered_after_the_other_regions_applied_it(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    written = await cluster["eu-west"].coordinator.write(delete(thread_id))
+    assert written.pending == ()
+    for region in REGIONS:
+        with pytest.raises(ThreadNotFound):
+            await cluster[region].store.read(thread_id, ANN)
+
+
+async def test_a_deletion_names_the_regions_that_have_not_confirmed_it(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    cluster.network.isolate("ap-south")
+    written = await cluster["us-east"].coordinator.write(delete(thread_id))
+    assert written.pending == ("ap-south",)
+    cluster.network.heal()
+    await eventually(cluster.converged)
+    with pytest.raises(ThreadNotFound):
+        await cluster["ap-south"].store.read(thread_id, ANN)
+    with pytest.raises(ThreadDeleted):
+        await cluster["ap-south"].coordinator.write(upsert(thread_id, message("m9"), group="ap-south"))
+
+
+async def test_unsharing_reaches_a_region_that_can_not_apply_the_entries_before_it(cluster: Cluster) -> None:
+    thread_id = await make(cluster, visibility="public")
+    await eventually(cluster.converged)
+    eu = cluster["eu-west"].store
+    # A poison entry: eu-west already has another entry under the id that comes next.
+    await _plant(cluster, "eu-west", thread_id)
+    await cluster["us-east"].coordinator.write(append(thread_id, message("poison")))
+    await eventually(lambda: _parked(cluster, "us-east", "eu-west"))
+    assert (await eu.read(thread_id, BOB)).row.visibility == "public"
+    await cluster["us-east"].coordinator.write(change(thread_id, patch(visibility="private")))
+
+    async def hidden() -> bool:
+        try:
+            await eu.read(thread_id, BOB)
+        except ThreadNotFound:
+            return True
+        return False
+
+    await eventually(hidden)
+    assert (await cluster["us-east"].store.backlog("eu-west")).parked == 1
+
+
+async def _plant(cluster: Cluster, region: str, thread_id: str) -> None:
+    """Give `region` an entry of its own at the thread's next place, as a disk restored wrongly would."""
+    node = cluster[region]
+
+    def damage() -> None:
+        connection = node.store._connection
+        connection.execute(
+            "UPDATE entries SET hash = zeroblob(32) WHERE pos = (SELECT n << 24 | v FROM threads WHERE id = ?)",
+            (thread_id,),
+        )
+        node.store._writer._rows.clear()
+
+    await asyncio.get_running_loop().run_in_executor(node.store._write_thread, damage)
+
+
+async def _parked(cluster: Cluster, region: str, target: str) -> bool:
+    return (await cluster[region].store.backlog(target)).parked > 0
+
+
+async def test_one_parked_thread_does_not_hold_up_the_others(cluster: Cluster) -> None:
+    bad, good = await make(cluster), await make(cluster)
+    await eventually(cluster.converged)
+    await _plant(cluster, "eu-west", bad)
+    await cluster["us-east"].coordinator.write(append(bad, message("m2")))
+    await eventually(lambda: _parked(cluster, "us-east", "eu-west"))
+    await cluster["us-east"].coordinator.write(append(good, message("m2")))
+
+    async def arrived() -> bool:
+        return len((await cluster["eu-west"].store.read(good, ANN)).messages) == 2
+
+    await eventually(arrived)
+
+
+async def test_quorum_is_answered_when_a_majority_holds_it(cluster: Cluster) -> None:
+    cluster.network.cut.add(("us-east", "ap-south"))
+    thread_id = await make(cluster)
+    written = await cluster["us-east"].coordinator.write(append(thread_id, message("m2"), durability="quorum"))
+    assert (await cluster["eu-west"].store.row(thread_id)).v >= written.version.v  # type: ignore[union-attr]
+
+
+async def test_quorum_without_a_majority_in_sight_is_refused_and_nothing_is_written(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    cluster.network.isolate("us-east")
+    await eventually(lambda: _sees_nobody(cluster, "us-east"))
+    with pytest.raises(Unavailable):
+        await cluster["us-east"].coordinator.write(append(thread_id, message("m2"), durability="quorum"))
+    assert await texts(cluster, "us-east", thread_id) == ["m1"]
+
+
+async def test_a_retry_waits_for_the_durability_that_it_asks_for(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    for other in ("eu-west", "ap-south"):  # heartbeats go on, replication does not
+        cluster.network.mute.add(("us-east", other))
+        cluster.network.cut.add(("us-east", other))
+    write = append(thread_id, message("m2"))
+    await cluster["us-east"].coordinator.write(write)
+    retry = append(thread_id, message("m2"), durability="quorum")
+    with pytest.raises((OutcomeUnknown, Unavailable)):
+        await cluster["us-east"].coordinator.write(retry)
+    cluster.network.heal()
+    await eventually(cluster.converged)
+    assert (await cluster["us-east"].coordinator.write(retry)).version == Version(1, 3)
+
+
+async def test_an_idempotency_key_is_known_in_every_region_once_replicated(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    keyed = Idempotency("key-1", "same request")
+    first = await cluster["us-east"].coordinator.write(append(thread_id, message("m2"), idempotency=keyed))
+    await eventually(cluster.converged)
+    again = append(thread_id, message("minted-anew"), idempotency=keyed)
+    for region in REGIONS:
+        replayed = await cluster[region].coordinator.write(again)
+        assert (replayed.replayed, replayed.version) == (True, first.version)
+    assert await texts(cluster, "us-east", thread_id) == ["m1", "m2"]
+
+
+async def test_a_keyed_retry_at_a_higher_level_waits_for_it_at_the_threads_own_region(cluster: Cluster) -> None:
+    keyed = Idempotency("key-1", "same request")
+    node = cluster["us-east"]
+    first = await node.coordinator.write(
+        create(node.mint.thread_id(), group="us-east", messages=[message("m1")], idempotency=keyed)
+    )
+    await eventually(cluster.converged)
+    eu = cluster["eu-west"]
+    again = create(eu.mint.thread_id(), group="eu-west", messages=[message("m1")], idempotency=keyed, durability="all")
+    calls = cluster.network.calls["eu-west", "us-east", "/peer/write"]
+    replayed = await eu.coordinator.write(again)
+    assert (replayed.row.id, replayed.replayed) == (first.row.id, True)
+    assert cluster.network.calls["eu-west", "us-east", "/peer/write"] == calls + 1
+
+
+async def test_errors_of_the_holder_reach_the_caller_elsewhere_as_they_are(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    with pytest.raises(EntryConflict):
+        await cluster["eu-west"].coordinator.write(append(thread_id, message("m1", "other")))
+    with pytest.raises(StoreError) as refused:
+        await cluster["eu-west"].coordinator.write(append(thread_id, message("m2"), expect=Version(1, 1)))
+    assert getattr(refused.value, "current", None) == Version(1, 2)
+
+
+async def test_a_reader_that_has_seen_more_than_is_here_gets_at_least_that(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    cluster.network.cut.add(("us-east", "ap-south"))
+    written = await cluster["us-east"].coordinator.write(append(thread_id, message("m2")))
+    page = await cluster["ap-south"].coordinator.read(thread_id, ANN, freshness=Freshness(min_version=written.version))
+    assert page.row.version >= written.version
+
+
+async def test_consistency_origin_reads_what_the_holder_has_or_says_it_can_not(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    cluster.network.cut.add(("us-east", "ap-south"))
+    await cluster["us-east"].coordinator.write(append(thread_id, message("m2")))
+    origin = Freshness(consistency="origin")
+    page = await cluster["ap-south"].coordinator.read(thread_id, ANN, freshness=origin)
+    assert len(page.messages) == 2
+    cluster.network.isolate("ap-south")
+    with pytest.raises(Unavailable):
+        await cluster["ap-south"].coordinator.read(thread_id, ANN, freshness=origin)
+
+
+async def test_a_listing_at_origin_waits_for_every_regions_changes(cluster: Cluster) -> None:
+    ids = [await make(cluster, region) for region in REGIONS for _ in range(5)]
+    for region in REGIONS:
+        listing = await cluster[region].coordinator.list(ListQuery(ANN, consistency="origin"))
+        assert {row.id for row in listing.rows} == set(ids)
+
+
+async def test_another_users_thread_is_not_found_in_any_region(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    for region in REGIONS:
+        for stranger in (BOB, user("ann", issuer="https://other.test"), None):
+            with pytest.raises(ThreadNotFound):
+                await cluster[region].coordinator.read(thread_id, stranger)
+        with pytest.raises(ThreadNotFound):
+            await cluster[region].coordinator.write(append(thread_id, message("x"), actor=BOB))
+
+
+async def test_a_region_with_an_empty_disk_is_given_everything_again(cluster: Cluster, tmp_path: Path) -> None:
+    ids = [await make(cluster) for _ in range(10)]
+    await eventually(cluster.converged)
+    node = cluster["ap-south"]
+    await node.close()
+    node.folder = tmp_path / "replacement"
+    await node.open()
+    await eventually(cluster.converged)
+    assert await texts(cluster, "ap-south", ids[3]) == ["m1"]

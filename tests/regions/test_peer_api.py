@@ -1,0 +1,213 @@
+"""The doors under /peer: who is let in, who proves what, and what is refused rather than misread."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from infra import settings
+from infra.identity import (
+    IDENTITY_HEADER,
+    SERVER_IDENTITY_HEADER,
+    WIRE,
+    WIRE_HEADER,
+    IdentitySigner,
+    IdentityVerifier,
+    Principal,
+    write_peer_key,
+)
+from infra.server import Lifecycle
+from regions.app import open_region, region_app
+from regions.peer_client import HttpPeers, PeerRefused, PeerUnreachable
+from regions.peer_wire import Hello, HelloAnswer
+from regions.topology import CONFIG_VERSION, Topology
+
+Client = TestClient[web.Request, web.Application]
+
+SETTINGS = """
+region = "us-east"
+[regions.us-east]
+url = "http://127.0.0.1:1"
+[regions.eu-west]
+url = "http://127.0.0.1:2"
+[store]
+path = "data"
+[sync]
+peer_key_file = "peer.key"
+"""
+
+
+@pytest.fixture
+async def region(tmp_path: Path) -> AsyncIterator[Client]:
+    """The region server us-east, alone: its peer does not answer."""
+    (tmp_path / "weft.toml").write_text(SETTINGS)
+    write_peer_key(tmp_path / "peer.key")
+    loaded = settings.load(tmp_path / "weft.toml", {})
+    lifecycle = Lifecycle()
+    async with (
+        open_region(loaded, lifecycle=lifecycle) as running,
+        TestClient(TestServer(region_app(running, loaded, lifecycle))) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def signer(tmp_path: Path, region: Client) -> IdentitySigner:
+    return IdentitySigner(write_peer_key(tmp_path / "peer.key"), "region:eu-west")
+
+
+def hello(**changes: object) -> bytes:
+    message = Hello(
+        config_version=CONFIG_VERSION, region="eu-west", incarnation="x", members=("us-east", "eu-west"), groups=()
+    )
+    return msgspec.msgpack.encode(msgspec.structs.replace(message, **changes))
+
+
+async def knock(region: Client, token: str | None, body: bytes) -> tuple[int, bytes]:
+    headers = {} if token is None else {IDENTITY_HEADER: token}
+    async with region.post("/peer/hello", data=body, headers=headers) as response:
+        return response.status, await response.read()
+
+
+async def test_a_member_with_the_clusters_key_is_answered_with_a_proof(
+    region: Client, signer: IdentitySigner, tmp_path: Path
+) -> None:
+    headers = {IDENTITY_HEADER: signer.service_token("region:us-east")}
+    async with region.post("/peer/hello", data=hello(), headers=headers) as response:
+        assert response.status == 200
+        proof = IdentityVerifier(write_peer_key(tmp_path / "peer.key").public_key(), "region:eu-west")
+        assert proof.verify(response.headers[SERVER_IDENTITY_HEADER]).issuer == "region:us-east"
+        assert msgspec.msgpack.decode(await response.read(), type=HelloAnswer).region == "us-east"
+
+
+async def test_nobody_else_is_let_in(region: Client, signer: IdentitySigner, tmp_path: Path) -> None:
+    key = write_peer_key(tmp_path / "peer.key")
+    user = IdentitySigner(key, "edge:us-east").identity_token(Principal("https://login.test", "ann"), "region:us-east")
+    forger = IdentitySigner(write_peer_key(tmp_path / "other.key"), "region:eu-west")
+    for token, status in (
+        (None, 401),
+        ("nonsense", 401),
+        (forger.service_token("region:us-east"), 401),
+        (signer.service_token("region:ap-south"), 401),
+        (user, 403),
+        (IdentitySigner(key, "edge:us-east").service_token("region:us-east"), 403),
+        (IdentitySigner(key, "region:mars").service_token("region:us-east"), 403),
+    ):
+        assert (await knock(region, token, hello()))[0] == status, token
+
+
+async def test_a_region_can_not_speak_for_another(region: Client, signer: IdentitySigner) -> None:
+    status, _ = await knock(region, signer.service_token("region:us-east"), hello(region="us-east"))
+    assert status == 403
+
+
+async def test_a_newer_wire_or_configuration_is_refused_by_name(region: Client, signer: IdentitySigner) -> None:
+    token = signer.service_token("region:us-east")
+    for changes, named in (({"wire": WIRE + 1}, b"wire version"), ({"config_version": 99}, b"configuration")):
+        status, body = await knock(region, token, hello(**changes))
+        assert (status, named in body) == (426, True)
+
+
+async def test_a_newer_wire_is_refused_on_the_feed_and_the_status_too(region: Client, signer: IdentitySigner) -> None:
+    headers = {IDENTITY_HEADER: signer.service_token("region:us-east"), WIRE_HEADER: str(WIRE + 1)}
+    for path in ("/peer/feed", "/peer/status"):
+        async with region.get(path, headers=headers) as response:
+            assert response.status == 426
+
+
+async def test_a_message_that_can_not_be_read_is_refused(region: Client, signer: IdentitySigner) -> None:
+    token = signer.service_token("region:us-east")
+    for body in (b"", b"\xc1", msgspec.msgpack.encode({"wire": 1})):
+        assert (await knock(region, token, body))[0] == 400
+
+
+async def test_status_is_for_operators_and_edges_but_not_for_users(
+    region: Client, signer: IdentitySigner, tmp_path: Path
+) -> None:
+    key = write_peer_key(tmp_path / "peer.key")
+    operator = IdentitySigner(key, "operator:local").service_token("region:us-east")
+    async with region.get("/peer/status", headers={IDENTITY_HEADER: operator}) as response:
+        status = await response.json()
+    assert (status["region"], status["peers"]["eu-west"]["reachable"]) == ("us-east", False)
+    user = IdentitySigner(key, "edge:us-east").identity_token(Principal("https://login.test", "ann"), "region:us-east")
+    async with region.get("/peer/status", headers={IDENTITY_HEADER: user}) as response:
+        assert response.status == 403
+
+
+class Impostor:
+    """A server that listens at a member's address."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    async def answer(self, _: web.Request) -> web.Response:
+        body = HelloAnswer(region="us-east", incarnation="i", members=("us-east",), groups=(), position=0)
+        return web.Response(body=msgspec.msgpack.encode(body), headers={SERVER_IDENTITY_HEADER: self.token})
+
+
+async def call_impostor(tmp_path: Path, token: str) -> None:
+    key = write_peer_key(tmp_path / "peer.key")
+    app = web.Application()
+    app.router.add_post("/peer/hello", Impostor(token).answer)
+    async with TestServer(app) as server:
+        topology = Topology.of(
+            "eu-west", {"us-east": f"http://127.0.0.1:{server.port}", "eu-west": "http://127.0.0.1:2"}
+        )
+        peers = HttpPeers(
+            topology, IdentitySigner(key, "region:eu-west"), IdentityVerifier(key.public_key(), "region:eu-west")
+        )
+        await peers.start()
+        try:
+            message = msgspec.msgpack.decode(hello(), type=Hello)
+            await peers.call("us-east", "/peer/hello", message, HelloAnswer, seconds_max=2.0)
+        finally:
+            await peers.close()
+
+
+async def test_an_answer_without_the_right_proof_is_not_believed(tmp_path: Path) -> None:
+    key = write_peer_key(tmp_path / "peer.key")
+    stranger = IdentitySigner(write_peer_key(tmp_path / "other.key"), "region:us-east")
+    for token in (
+        "",
+        stranger.service_token("region:eu-west"),
+        IdentitySigner(key, "region:ap-south").service_token("region:eu-west"),
+        IdentitySigner(key, "region:us-east").service_token("region:ap-south"),
+    ):
+        with pytest.raises(PeerUnreachable) as failure:
+            await call_impostor(tmp_path, token)
+        assert failure.value.sent
+    await call_impostor(tmp_path, IdentitySigner(key, "region:us-east").service_token("region:eu-west"))
+
+
+async def test_a_region_that_does_not_answer_at_all_was_not_sent_to(tmp_path: Path) -> None:
+    key = write_peer_key(tmp_path / "peer.key")
+    topology = Topology.of("eu-west", {"us-east": "http://127.0.0.1:1", "eu-west": "http://127.0.0.1:2"})
+    peers = HttpPeers(
+        topology, IdentitySigner(key, "region:eu-west"), IdentityVerifier(key.public_key(), "region:eu-west")
+    )
+    await peers.start()
+    try:
+        with pytest.raises(PeerUnreachable) as failure:
+            message = msgspec.msgpack.decode(hello(), type=Hello)
+            await peers.call("us-east", "/peer/hello", message, HelloAnswer, seconds_max=2.0)
+        assert not failure.value.sent
+    finally:
+        await peers.close()
+
+
+async def test_a_peer_that_refuses_says_why(region: Client, signer: IdentitySigner, tmp_path: Path) -> None:
+    key = write_peer_key(tmp_path / "peer.key")
+    topology = Topology.of("eu-west", {"us-east": f"http://127.0.0.1:{region.port}", "eu-west": "http://127.0.0.1:2"})
+    peers = HttpPeers(topology, signer, IdentityVerifier(key.public_key(), "region:eu-west"))
+    await peers.start()
+    try:
+        with pytest.raises(PeerRefused, match="wire version"):
+            message = msgspec.msgpack.decode(hello(wire=WIRE + 1), type=Hello)
+            await peers.call("us-east", "/peer/hello", message, HelloAnswer, seconds_max=2.0)
+    finally:
+        await peers.close()

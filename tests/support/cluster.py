@@ -1,0 +1,207 @@
+"""Several regions in one process: the real store, writer, replicator, coordinator and peer service, over a
+network that a test can cut, delay and make forget answers. Messages are encoded and decoded as on the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from infra.clock import SYSTEM_CLOCK
+from origin.feed import Feed
+from origin.ids import IdMint
+from origin.store.base import StoreError
+from origin.store.sqlite import SqliteStore
+from origin.writer import BatchedWriter
+from regions.coordinator import Coordinator, CoordinatorLimits
+from regions.peer_client import PeerUnreachable
+from regions.peer_service import PeerService
+from regions.peer_wire import Envelope, Fault, from_fault, to_fault
+from regions.replication_target import ReplicationLimits
+from regions.replicator import Replicator
+from regions.topology import Topology
+
+Answer = TypeVar("Answer")
+
+REGIONS = ("us-east", "eu-west", "ap-south")
+URLS = {region: f"http://{region}" for region in REGIONS}
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], *, seconds: float = 15.0, what: str = "") -> None:
+    """Wait until `condition` holds; fails after `seconds`."""
+    async with asyncio.timeout(seconds):
+        while not await condition():
+            await asyncio.sleep(0.005)
+
+
+class Network:
+    """Delivers messages between the regions of a test."""
+
+    def __init__(self) -> None:
+        self.services: dict[str, PeerService] = {}
+        self.cut: set[tuple[str, str]] = set()
+        """(from, to): requests do not arrive."""
+        self.mute: set[tuple[str, str]] = set()
+        """(from, to): requests are carried out, answers are lost."""
+        self.calls: Counter[tuple[str, str, str]] = Counter()
+        self.replicated_bytes = 0
+
+    def isolate(self, region: str) -> None:
+        for other in REGIONS:
+            if other != region:
+                self.cut |= {(region, other), (other, region)}
+
+    def heal(self) -> None:
+        self.cut.clear()
+        self.mute.clear()
+
+    def transport(self, region: str) -> LocalTransport:
+        return LocalTransport(self, region)
+
+
+class LocalTransport:
+    """A `PeerTransport` of one region."""
+
+    def __init__(self, network: Network, region: str) -> None:
+        self._network = network
+        self._region = region
+
+    async def call(
+        self, region: str, path: str, message: Envelope, answer: type[Answer], *, seconds_max: float
+    ) -> Answer:
+        await asyncio.sleep(0)
+        link = (self._region, region)
+        service = self._network.services.get(region)
+        if service is None or link in self._network.cut:
+            raise PeerUnreachable(region, "the link is cut", sent=False)
+        self._network.calls[*link, path] += 1
+        type_, handler = service.handlers[path]
+        data = msgspec.msgpack.encode(message)
+        try:
+            async with asyncio.timeout(seconds_max):
+                result: Any = await handler(msgspec.msgpack.decode(data, type=type_))
+        except StoreError as error:
+            fault = msgspec.msgpack.decode(msgspec.msgpack.encode(to_fault(error)), type=Fault)
+            raise from_fault(fault) from None
+        except TimeoutError:
+            raise PeerUnreachable(region, f"no answer within {seconds_max:g} s", sent=True) from None
+        if link in self._network.mute:
+            raise PeerUnreachable(region, "the answer was lost", sent=True)
+        return msgspec.msgpack.decode(msgspec.msgpack.encode(result), type=answer)
+
+
+class Node:
+    """One region of the test; `open` and `close`, or `crash` in between."""
+
+    def __init__(self, region: str, folder: Path, network: Network, *, limits: CoordinatorLimits, seed: int) -> None:
+        self.region = region
+        self.folder = folder
+        self.network = network
+        self.limits = limits
+        self.rng = random.Random(f"{seed}/{region}")
+        self.mint = IdMint(region)
+
+    async def open(self) -> None:
+        topology = Topology.of(self.region, URLS)
+        self.store = await SqliteStore.open(self.folder, region=self.region, members=REGIONS, rng=self.rng)
+        self.writer = BatchedWriter(self.store)
+        self.writer.start()
+        self.feed = Feed(self.store)
+        await self.feed.start()
+        transport = self.network.transport(self.region)
+        self.replicator = Replicator(
+            topology=topology,
+            log=self.store,
+            submit=self.writer.submit,
+            transport=transport,
+            clock=SYSTEM_CLOCK,
+            rng=self.rng,
+            limits=ReplicationLimits(heartbeat_s=0.05, request_seconds_max=2.0),
+        )
+        self.writer.on_commit.append(self._committed)
+        self.coordinator = Coordinator(
+            topology=topology,
+            local=self.writer,
+            log=self.store,
+            replicator=self.replicator,
+            transport=transport,
+            clock=SYSTEM_CLOCK,
+            rng=self.rng,
+            limits=self.limits,
+        )
+        self.service = PeerService(
+            topology=topology,
+            log=self.store,
+            writer=self.writer,
+            coordinator=self.coordinator,
+            replicator=self.replicator,
+            feed=self.feed,
+        )
+        self.network.services[self.region] = self.service
+        await self.replicator.start()
+
+    def _committed(self, operations: Any, outcomes: Any) -> None:
+        self.replicator.committed(operations, outcomes)
+        self.feed.notify()
+
+    async def close(self) -> None:
+        self.network.services.pop(self.region, None)
+        await self.coordinator.close()
+        await self.replicator.close()
+        await self.feed.stop()
+        await self.writer.close()
+        await self.store.close()
+
+    async def restart(self) -> None:
+        """Stop and start with memory gone: only the disk remembers."""
+        await self.close()
+        await self.open()
+
+
+class Cluster:
+    """Three regions. `async with Cluster(folder) as cluster:` then `cluster["us-east"].coordinator`."""
+
+    def __init__(self, folder: Path, *, limits: CoordinatorLimits | None = None, seed: int = 1) -> None:
+        self.network = Network()
+        self.nodes = {
+            region: Node(region, folder / region, self.network, limits=limits or CoordinatorLimits(), seed=seed)
+            for region in REGIONS
+        }
+
+    def __getitem__(self, region: str) -> Node:
+        return self.nodes[region]
+
+    async def __aenter__(self) -> Cluster:
+        for node in self.nodes.values():
+            await node.open()
+        await eventually(self._all_met)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for node in self.nodes.values():
+            await node.close()
+
+    async def _all_met(self) -> bool:
+        return all(len(node.replicator.reachable()) == len(REGIONS) - 1 for node in self.nodes.values())
+
+    async def converged(self, *regions: str) -> bool:
+        """True when outboxes are empty and every thread has the same head hash in every region."""
+        for node in self.nodes.values():
+            for target in REGIONS:
+                if target != node.region and (await node.store.backlog(target)).threads:
+                    return False
+        heads = [await self.heads(region) for region in regions or REGIONS]
+        return all(head == heads[0] for head in heads)
+
+    async def heads(self, region: str) -> dict[str, str]:
+        """Thread id to "version hash" of everything the region holds."""
+        store = self.nodes[region].store
+        ids = {change.thread_id for change in await store.changes(0, 1_000_000)}
+        rows = [await store.row(thread_id) for thread_id in sorted(ids)]
+        return {row.id: f"{row.version} {row.head_hash.hex()}" for row in rows if row is not None}
