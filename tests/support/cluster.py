@@ -14,17 +14,15 @@ from typing import Any, TypeVar
 import msgspec
 
 from infra.clock import SYSTEM_CLOCK
-from origin.feed import Feed
 from origin.ids import IdMint
 from origin.store.base import StoreError
 from origin.store.sqlite import SqliteStore
-from origin.writer import BatchedWriter
-from regions.coordinator import Coordinator, CoordinatorLimits
+from regions.coordinator import CoordinatorLimits
+from regions.node import NodeLimits, open_node
 from regions.peer_client import PeerUnreachable
 from regions.peer_service import PeerService
 from regions.peer_wire import Envelope, Fault, from_fault, to_fault
 from regions.replication_target import ReplicationLimits
-from regions.replicator import Replicator
 from regions.topology import Topology
 
 Answer = TypeVar("Answer")
@@ -96,66 +94,37 @@ class LocalTransport:
         return msgspec.msgpack.decode(msgspec.msgpack.encode(result), type=answer)
 
 
-class Node:
-    """One region of the test; `open` and `close`, or `crash` in between."""
+class Region:
+    """One region of the test; `open` and `close`, or `restart` in between."""
 
     def __init__(self, region: str, folder: Path, network: Network, *, limits: CoordinatorLimits, seed: int) -> None:
         self.region = region
         self.folder = folder
         self.network = network
-        self.limits = limits
+        self.limits = NodeLimits(
+            coordinator=limits, replication=ReplicationLimits(heartbeat_s=0.05, request_seconds_max=2.0)
+        )
         self.rng = random.Random(f"{seed}/{region}")
         self.mint = IdMint(region)
 
     async def open(self) -> None:
-        topology = Topology.of(self.region, URLS)
         self.store = await SqliteStore.open(self.folder, region=self.region, members=REGIONS, rng=self.rng)
-        self.writer = BatchedWriter(self.store)
-        self.writer.start()
-        self.feed = Feed(self.store)
-        await self.feed.start()
-        transport = self.network.transport(self.region)
-        self.replicator = Replicator(
-            topology=topology,
-            log=self.store,
-            submit=self.writer.submit,
-            transport=transport,
-            clock=SYSTEM_CLOCK,
-            rng=self.rng,
-            limits=ReplicationLimits(heartbeat_s=0.05, request_seconds_max=2.0),
-        )
-        self.writer.on_commit.append(self._committed)
-        self.coordinator = Coordinator(
-            topology=topology,
-            local=self.writer,
-            log=self.store,
-            replicator=self.replicator,
-            transport=transport,
+        self._opened = open_node(
+            topology=Topology.of(self.region, URLS),
+            engine=self.store,
+            transport=self.network.transport(self.region),
             clock=SYSTEM_CLOCK,
             rng=self.rng,
             limits=self.limits,
         )
-        self.service = PeerService(
-            topology=topology,
-            log=self.store,
-            writer=self.writer,
-            coordinator=self.coordinator,
-            replicator=self.replicator,
-            feed=self.feed,
-        )
+        self.node = await self._opened.__aenter__()
+        self.writer, self.feed, self.replicator = self.node.writer, self.node.feed, self.node.replicator
+        self.coordinator, self.service = self.node.coordinator, self.node.service
         self.network.services[self.region] = self.service
-        await self.replicator.start()
-
-    def _committed(self, operations: Any, outcomes: Any) -> None:
-        self.replicator.committed(operations, outcomes)
-        self.feed.notify()
 
     async def close(self) -> None:
         self.network.services.pop(self.region, None)
-        await self.coordinator.close()
-        await self.replicator.close()
-        await self.feed.stop()
-        await self.writer.close()
+        await self._opened.__aexit__(None, None, None)
         await self.store.close()
 
     async def restart(self) -> None:
@@ -170,11 +139,11 @@ class Cluster:
     def __init__(self, folder: Path, *, limits: CoordinatorLimits | None = None, seed: int = 1) -> None:
         self.network = Network()
         self.nodes = {
-            region: Node(region, folder / region, self.network, limits=limits or CoordinatorLimits(), seed=seed)
+            region: Region(region, folder / region, self.network, limits=limits or CoordinatorLimits(), seed=seed)
             for region in REGIONS
         }
 
-    def __getitem__(self, region: str) -> Node:
+    def __getitem__(self, region: str) -> Region:
         return self.nodes[region]
 
     async def __aenter__(self) -> Cluster:
