@@ -20,6 +20,7 @@ from origin.store.base import (
     Diverged,
     Draft,
     EntryConflict,
+    Fate,
     Gap,
     NotAllowed,
     Refused,
@@ -34,10 +35,13 @@ from origin.store.base import (
 from origin.thread import (
     DIGEST_BUCKETS,
     ENTRIES_PER_THREAD_MAX,
+    MESSAGE_ID_CHARS_MAX,
     OPENNESS,
+    RESERVED_ID_PREFIX,
     ZERO_HASH,
     Entry,
     EntryMeta,
+    Kind,
     PatchBody,
     Row,
     Version,
@@ -56,6 +60,14 @@ class LogView(Protocol):
 
     def hash_at(self, seq: int) -> bytes | None: ...
 
+    def span(self, first: int, last: int) -> Sequence[Entry]:
+        """Entries first…last."""
+        ...
+
+    def patches(self) -> Sequence[Entry]:
+        """The patch entries, ascending."""
+        ...
+
 
 class WritePlan(msgspec.Struct, frozen=True):
     """Entries to append (perhaps none), the row after them, and the entries the write stands for."""
@@ -66,18 +78,36 @@ class WritePlan(msgspec.Struct, frozen=True):
     version: Version
     created: bool
     narrowed: bool
+    mark: Entry | None = None
+    """The term mark among `append`."""
 
 
 class ApplyPlan(msgspec.Struct, frozen=True):
-    """Entries of a delta to append, the row after them, and the answer to the sender."""
+    """Entries of a delta to append, the row after them, and the answer to the sender.
+
+    `cut` not None: entries behind that place are first saved and taken out of the log.
+    """
 
     row: Row | None
     append: tuple[Entry, ...]
     answer: Applied | Gap | Diverged | Refused
+    cut: int | None = None
+
+
+class ResubmitPlan(msgspec.Struct, frozen=True):
+    """Saved entries to append at the holder, the row after them, and what became of each."""
+
+    row: Row
+    append: tuple[Entry, ...]
+    fates: tuple[tuple[str, Fate], ...]
 
 
 def plan_write(write: Write, row: Row | None, log: LogView, *, epoch: int, at_us: int) -> WritePlan:
     """Decide a write at the holder; raises the StoreError the caller is to be told.
+
+    A new holder's first write to a thread is preceded by its term mark. A retry that adds nothing but asks for
+    more than the holder's own disk gets one too: answers of older epochs count for nothing (PROTOCOL section 3),
+    so there must be an entry of this one to confirm.
 
     A body that is no entry's is refused here too: let through as another exception, it would fail the
     batch that it shares with others.
@@ -159,37 +189,54 @@ def _append(
     if row is None:
         present, drafts = _split(drafts, log)
     before, entries, seq = row, list[Entry](), row.v if row is not None else 0
-    if seq + len(drafts) > ENTRIES_PER_THREAD_MAX:
+    marks: list[Entry] = []
+    if row is not None and row.epoch < epoch and (drafts or write.durability in ("quorum", "all")):
+        mark = term_entry(row, epoch, at_us)
+        row = fold(row, write.thread_id, mark)
+        marks.append(mark)
+    if seq + len(marks) + len(drafts) > ENTRIES_PER_THREAD_MAX:
         raise ThreadFull(f"a thread holds at most {ENTRIES_PER_THREAD_MAX} entries")
-    previous = row.head_hash if row is not None else ZERO_HASH
     for draft in drafts:
-        seq += 1
         keyed = write.idempotency if draft is drafts[-1] else None
-        meta = encode(
-            EntryMeta(
-                at=at_us,
-                issuer=write.actor.issuer,
-                subject=write.actor.subject,
-                key=keyed.key if keyed else None,
-                fingerprint=keyed.fingerprint if keyed else "",
-                span=len(drafts) if keyed else 0,
-            )
+        meta = EntryMeta(
+            at=at_us,
+            issuer=write.actor.issuer,
+            subject=write.actor.subject,
+            key=keyed.key if keyed else None,
+            fingerprint=keyed.fingerprint if keyed else "",
+            span=len(drafts) if keyed else 0,
+            conditional=write.expect is not None,
         )
-        digest = chain_hash(previous, write.thread_id, seq, epoch, draft.kind, draft.id, meta, draft.body)
-        entry = Entry(seq, epoch, draft.kind, draft.id, meta, draft.body, digest)
-        row, previous = fold(row, write.thread_id, entry), digest
+        entry = next_entry(row, write.thread_id, epoch, draft.kind, draft.id, encode(meta), draft.body)
+        row = fold(row, write.thread_id, entry)
         entries.append(entry)
     assert row is not None
     stands_for = tuple(sorted((*present, *entries), key=lambda entry: entry.seq))
     last = stands_for[-1] if stands_for else None
     return WritePlan(
         row=row,
-        append=tuple(entries),
+        append=(*marks, *entries),
+        mark=marks[0] if marks else None,
         stands_for=stands_for,
         version=Version(last.epoch, last.seq) if last is not None else row.version,
         created=before is None,
         narrowed=before is not None and narrows(before, row),
     )
+
+
+def next_entry(
+    row: Row | None, thread_id: str, epoch: int, kind: Kind, entry_id: str, meta: bytes, body: bytes
+) -> Entry:
+    """The entry that follows `row`, chained to it."""
+    seq, previous = (row.v + 1, row.head_hash) if row is not None else (1, ZERO_HASH)
+    digest = chain_hash(previous, thread_id, seq, epoch, kind, entry_id, meta, body)
+    return Entry(seq, epoch, kind, entry_id, meta, body, digest)
+
+
+def term_entry(row: Row, epoch: int, at_us: int) -> Entry:
+    """A new holder's mark, its first entry in a thread's log."""
+    meta = encode(EntryMeta(at=at_us))
+    return next_entry(row, row.id, epoch, "term", f"{RESERVED_ID_PREFIX}term:{epoch}", meta, b"{}")
 
 
 def narrows(before: Row, after: Row) -> bool:
@@ -245,30 +292,39 @@ def _canonical(value: object) -> bytes:
     return msgspec.json.encode(value, order="sorted")
 
 
-def plan_apply(delta: ThreadDelta, row: Row | None, log: LogView) -> ApplyPlan:
-    """Decide a received delta. Idempotent under loss, duplication and reordering.
+def plan_apply(delta: ThreadDelta, row: Row | None, log: LogView, *, epoch: int, ordered: bool = True) -> ApplyPlan:
+    """Decide a received delta of the group's `epoch`. Idempotent under loss, duplication and reordering.
 
     Every overlapping entry's hash is compared: a sender restored from a backup re-uses places, and a
-    length that matches proves nothing.
+    length that matches proves nothing. Where the logs differ, the one that orders the group in `epoch` wins
+    over entries of older epochs, which are cut (and saved by the engine); two logs that differ within one
+    epoch are nobody's to decide.
     """
     have_v = row.v if row is not None else 0
+    is_older = ordered and row is not None and row.epoch < epoch
     if delta.base_v > have_v:
         return ApplyPlan(row, (), Gap(have_v))
     if delta.base_v > 0 and log.hash_at(delta.base_v) != delta.base_hash:
-        return ApplyPlan(row, (), Diverged(delta.base_v))
+        return ApplyPlan(row, (), Gap(0, _points(delta.base_v, log)) if is_older else Diverged(delta.base_v))
+    cut: int | None = None
     matched, matched_hash = delta.base_v, delta.base_hash
     new: list[Entry] = []
     new_ids: set[str] = set()
     for entry in delta.entries:
         if entry.seq != matched + 1:
             return ApplyPlan(row, (), Refused(f"entry {entry.seq} follows {matched} in the delta"))
-        if entry.seq <= have_v:
-            if log.hash_at(entry.seq) != entry.hash:
+        if entry.epoch > epoch:
+            return ApplyPlan(row, (), Refused(f"entry {entry.seq} is of epoch {entry.epoch}, the sender of {epoch}"))
+        if cut is None and entry.seq <= have_v and log.hash_at(entry.seq) != entry.hash:
+            if not is_older:
                 return ApplyPlan(row, (), Diverged(entry.seq))
-        else:
+            cut = matched
+            row = _prefix(delta.id, log, cut)
+        if cut is not None or entry.seq > have_v:
             if not entry_is_sound(matched_hash, delta.id, entry):
                 return ApplyPlan(row, (), Refused(f"the hash of entry {entry.seq} does not fit its content"))
-            if entry.id in new_ids or log.entry(entry.id) is not None:
+            found = log.entry(entry.id)
+            if entry.id in new_ids or (found is not None and (cut is None or found.seq <= cut)):
                 return ApplyPlan(row, (), Refused(f"entry id {entry.id!r} comes twice"))
             try:
                 row = fold(row, delta.id, entry)
@@ -278,7 +334,128 @@ def plan_apply(delta: ThreadDelta, row: Row | None, log: LogView) -> ApplyPlan:
             new.append(entry)
             new_ids.add(entry.id)
         matched, matched_hash = entry.seq, entry.hash
-    return ApplyPlan(row, tuple(new), Applied(matched, matched_hash))
+    if cut is None and is_older and matched == delta.commit_v and 0 < matched < have_v:
+        cut = matched
+        row = _prefix(delta.id, log, cut)
+    return ApplyPlan(row, tuple(new), Applied(matched, matched_hash), cut)
+
+
+def _points(below: int, log: LogView) -> tuple[tuple[int, bytes], ...]:
+    """Places in the log from `below` down, further and further apart, for the sender to find the last common one."""
+    points: list[tuple[int, bytes]] = []
+    step, seq = 1, below - 1
+    while seq > 0:
+        digest = log.hash_at(seq)
+        assert digest is not None
+        points.append((seq, digest))
+        seq -= step
+        step *= 2
+    return tuple(points)
+
+
+def _prefix(thread_id: str, log: LogView, upto: int) -> Row | None:
+    """The row as it was after entry `upto`."""
+    row: Row | None = None
+    for first in range(1, upto + 1, 1_000):
+        for entry in log.span(first, min(upto, first + 999)):
+            row = fold(row, thread_id, entry)
+    return row
+
+
+def plan_resubmit(
+    thread_id: str, entries: Sequence[Entry], row: Row | None, log: LogView, *, epoch: int, at_us: int
+) -> ResubmitPlan:
+    """Decide what the holder does with entries that were acknowledged in an older epoch and then cut.
+
+    Each entry keeps its id, so that whoever saved it sees it come back, and what it may no longer do is taken
+    out of its body: a patch sets only fields that no later epoch's patch touched, and visibility takes the
+    stricter value, else an old share would re-open what was un-shared since. A message whose id is there with
+    another body is kept under a derived id. ThreadNotFound when neither the thread nor its creation is there.
+    """
+    before, append, fates = row, list[Entry](), list[tuple[str, Fate]]()
+    in_row = 0  # of a keyed request's entries, how many follow each other here too
+    ids: dict[str, Entry] = {}
+
+    def add(kind: Kind, entry: Entry, entry_id: str, body: bytes) -> None:
+        nonlocal row, in_row
+        if row is not None and row.epoch < epoch:
+            mark = term_entry(row, epoch, at_us)
+            append.append(mark)
+            row = fold(row, thread_id, mark)
+        in_row += 1
+        meta = msgspec.json.decode(entry.meta, type=EntryMeta)
+        moved = msgspec.structs.replace(
+            meta,
+            moved_from=meta.moved_from or f"{entry.epoch}.{entry.seq}",
+            span=min(meta.span, in_row) if meta.key is not None else 0,
+        )
+        made = next_entry(row, thread_id, epoch, kind, entry_id, encode(moved), body)
+        row = fold(row, thread_id, made)
+        append.append(made)
+        ids[entry_id] = made
+
+    for entry in entries:
+        found = ids.get(entry.id) or log.entry(entry.id)
+        if entry.kind == "term":
+            fates.append((entry.id, "dropped"))
+            continue
+        if row is None and entry.kind != "create":
+            raise ThreadNotFound(thread_id)
+        if found is not None and (entry.kind != "message" or _same_message(found, entry)):
+            fates.append((entry.id, "present"))
+            in_row = 0
+            continue
+        if row is not None and row.deleted:
+            fates.append((entry.id, "buried"))
+            continue
+        if found is not None:
+            derived_id, body = _derived(entry)
+            if (ids.get(derived_id) or log.entry(derived_id)) is not None:
+                fates.append((entry.id, "present"))
+                in_row = 0
+                continue
+            add("message", entry, derived_id, body)
+        elif entry.kind == "patch":
+            assert row is not None
+            add("patch", entry, entry.id, _outlived(entry, row, log))
+        else:
+            add(entry.kind, entry, entry.id, entry.body)
+        fates.append((entry.id, "appended"))
+    if row is None:
+        raise ThreadNotFound(thread_id)
+    if before is not None and before.v + len(append) > ENTRIES_PER_THREAD_MAX:
+        raise ThreadFull(f"a thread holds at most {ENTRIES_PER_THREAD_MAX} entries")
+    return ResubmitPlan(row, tuple(append), tuple(fates))
+
+
+def _same_message(found: Entry, entry: Entry) -> bool:
+    return found.kind == "message" and same_body(found.body, entry.body)
+
+
+def _derived(entry: Entry) -> tuple[str, bytes]:
+    """Id and body of a message whose own id has become another's: the same for the same body, so a retry finds
+    it, and `conflict_of` names the id it had."""
+    tag = hashlib.sha256(entry.body).hexdigest()[:12]
+    derived_id = f"{entry.id[: MESSAGE_ID_CHARS_MAX - 14]}~{tag}"
+    body = cast(dict[str, object], decode(entry.body))
+    return derived_id, encode({**body, "id": derived_id, "conflict_of": entry.id})
+
+
+def _outlived(entry: Entry, row: Row, log: LogView) -> bytes:
+    """What is left of an old epoch's patch."""
+    patch = msgspec.json.decode(entry.body, type=PatchBody)
+    kept = {name: getattr(patch, name) for name in PatchBody.__struct_fields__}
+    for later in log.patches():
+        if later.epoch > entry.epoch:
+            touched = msgspec.json.decode(later.body, type=PatchBody)
+            for name in PatchBody.__struct_fields__:
+                if getattr(touched, name) is not msgspec.UNSET:
+                    kept[name] = msgspec.UNSET
+    # Whoever touched it since: an un-share is kept, a share is not.
+    visibility = patch.visibility
+    if visibility is not msgspec.UNSET:
+        kept["visibility"] = visibility if is_narrower(visibility, row.visibility) else msgspec.UNSET
+    return encode(PatchBody(**kept))  # pyright: ignore[reportArgumentType]
 
 
 def access_change(row: Row, newest_first: Iterable[Entry]) -> Access | None:
@@ -296,11 +473,24 @@ def access_change(row: Row, newest_first: Iterable[Entry]) -> Access | None:
 
 
 def has_caught_up(row: Row, log: LogView, access: Access) -> bool:
-    """True when the log holds the very entry that an access record stands in for.
+    """True when the log holds the very entry that an access record stands in for, or is as strict as can be.
 
-    Its length proves nothing: a log that went apart may be as long and know nothing of the deletion.
+    Its length proves nothing: a log that went apart may be as long and know nothing of the deletion. Nor does
+    its place: a failover may have moved the entry.
     """
-    return row.v >= access.seq and log.hash_at(access.seq) == access.entry.hash
+    return row.deleted or log.entry(access.entry.id) is not None
+
+
+def outranks(known: Access, other: Access) -> bool:
+    """True when `known` shows a thread to fewer people than `other` would, or to as many by a later entry."""
+    ranks = [(not access.deleted, OPENNESS[access.visibility]) for access in (known, other)]
+    return ranks[0] < ranks[1] or (ranks[0] == ranks[1] and known.seq >= other.seq)
+
+
+def tail_access(row: Row, tail: Sequence[Entry]) -> Access | None:
+    """The access record that a tail leaves behind when it is cut off `row`: what it had deleted or narrowed
+    stays so until the entry is in the log again."""
+    return access_change(row, reversed(tail))
 
 
 def stricter(row: Row, access: Access | None) -> Row:

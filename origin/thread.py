@@ -77,6 +77,10 @@ class EntryMeta(msgspec.Struct, frozen=True, omit_defaults=True):
     fingerprint: str = ""
     span: int = 0
     """With `key`: how many entries, this one included and last, the keyed request appended."""
+    conditional: bool = False
+    """The request stated the version it was based on."""
+    moved_from: str = ""
+    """`epoch.seq` where it was acknowledged, when a failover moved it: a conditional write's base changed."""
 
 
 class CreateBody(msgspec.Struct, frozen=True, omit_defaults=False):

@@ -116,7 +116,7 @@ class Target:
         self._more = True
         """The outbox may hold rows that are not in `_dirty`."""
         self._wake = asyncio.Event()
-        self._acked: dict[str, int] = {}
+        self._acked: dict[str, Applied] = {}
         """Confirmed, not yet in the outbox table."""
         self._flushing: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
@@ -154,7 +154,8 @@ class Target:
         )
 
     def unflushed(self, thread_id: str) -> int:
-        return self._acked.get(thread_id, 0)
+        acked = self._acked.get(thread_id)
+        return acked.v if acked is not None else 0
 
     def look_again(self) -> None:
         self._more = True
@@ -395,7 +396,8 @@ class Target:
     async def _settle_thread(self, delta: ThreadDelta, dirty: _Dirty, result: base.ApplyAnswer | Fault) -> None:
         match result:
             case Applied(v=v):
-                self._acked[delta.id] = max(v, self._acked.get(delta.id, 0))
+                if v >= self.unflushed(delta.id):
+                    self._acked[delta.id] = result
                 self._confirm(self.region, delta.id, v)
                 newer = self._dirty.get(delta.id)
                 if newer is None and v < dirty.want_v:
@@ -452,9 +454,10 @@ class Target:
         try:
             while self._acked:
                 acked = dict(self._acked)
-                await self._submit(base.Acknowledge(self.region, tuple(acked.items())))
-                for thread_id, v in acked.items():
-                    if self._acked.get(thread_id) == v:
+                threads = tuple((thread_id, it.v, it.hash) for thread_id, it in acked.items())
+                await self._submit(base.Acknowledge(self.region, threads))
+                for thread_id, it in acked.items():
+                    if self._acked.get(thread_id) is it:
                         del self._acked[thread_id]
                 self._settled.set()
         except base.StoreError as error:

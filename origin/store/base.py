@@ -79,6 +79,16 @@ class Fenced(StoreError):
         self.promised = promised
 
 
+class Recovering(StoreError):
+    """This region holds the group, but has yet to adopt the thread's log from another (PROTOCOL section 5)."""
+
+    retry_after = 0.2
+
+    def __init__(self, thread_id: str) -> None:
+        super().__init__(f"the log of thread {thread_id} is being recovered")
+        self.thread_id = thread_id
+
+
 class BadCursor(StoreError):
     """A cursor that this store did not make, or made for another question."""
 
@@ -187,6 +197,8 @@ class Written(msgspec.Struct, frozen=True):
     entries: tuple[Entry, ...]
     created: bool = False
     replayed: bool = False
+    mark: Entry | None = None
+    """The term mark that went before what it appended."""
     narrowed: bool = False
     """True when it deleted the thread or let fewer people read it."""
     base_v: int = 0
@@ -337,9 +349,11 @@ class Applied(msgspec.Struct, frozen=True, tag="applied"):
 
 
 class Gap(msgspec.Struct, frozen=True, tag="gap"):
-    """Entries between have_v and the delta's base are missing here: rewind to have_v."""
+    """Rewind: to have_v, behind which entries are missing here; or, when the logs went apart at or before the
+    delta's base, to the highest of `points` (seq, hash), descending, that the sender's log has too."""
 
     have_v: int
+    points: tuple[tuple[int, bytes], ...] = ()
 
 
 class Diverged(msgspec.Struct, frozen=True, tag="diverged"):
@@ -358,20 +372,29 @@ ApplyAnswer = Applied | Gap | Diverged | Refused
 
 
 class ApplyDelta(msgspec.Struct, frozen=True):
-    """A received delta. The epoch is the sender's for the group: below the promised one it is Fenced."""
+    """A received delta. The epoch is the sender's for the group: below the promised one it is Fenced.
+
+    `ordered`: it comes from the group's holder of that epoch (or is what a new holder adopts), so entries here
+    of older epochs that its log lacks are a tail: saved and cut in the same transaction. A delta from anybody
+    else only ever appends.
+    """
 
     group: str
     epoch: int
     source: str
     delta: ThreadDelta
+    ordered: bool = True
 
 
 class Acknowledge(msgspec.Struct, frozen=True):
-    """What `target` said it holds durably: outbox rows advance, or vanish when it has all."""
+    """What `target` said it holds durably: outbox rows advance, or vanish when it has all.
+
+    An answer about another log than ours (its hash differs: it was given before a failover) is ignored.
+    """
 
     target: str
-    threads: tuple[tuple[str, int], ...]
-    """(thread id, matched v)"""
+    threads: tuple[tuple[str, int, bytes], ...]
+    """(thread id, matched v, hash of the entry at v)"""
 
 
 class Postpone(msgspec.Struct, frozen=True):
@@ -385,14 +408,150 @@ class Postpone(msgspec.Struct, frozen=True):
 
 
 class MeetPeer(msgspec.Struct, frozen=True):
-    """A peer's incarnation was learned; a new one seeds the outbox with all that this region holds."""
+    """A peer's incarnation was learned; a newer one seeds the outbox with all that this region holds. An older
+    one than is known is ignored (incarnations are ordered)."""
 
     region: str
     incarnation: str
 
 
 class AdoptGroup(msgspec.Struct, frozen=True):
-    """A newer holder of a group was learned; ignored unless its epoch is higher."""
+    """A newer holder of a group was learned; ignored unless its epoch is higher. What was owed to others for
+    the group is the new holder's to send."""
+
+    group: GroupRow
+
+
+class Promise(msgspec.Struct, frozen=True):
+    """A candidate asks that no lower epoch of the group be served here any more; the outcome is Promised.
+
+    It goes through the serial writer: what is committed before it is in the inventory, what comes after it
+    is fenced. One promise an epoch, to one candidate's one incarnation.
+    """
+
+    group: str
+    epoch: int
+    candidate: str
+    incarnation: str
+
+
+class Promised(msgspec.Struct, frozen=True):
+    """`granted`, or the row that says why not."""
+
+    granted: bool
+    row: GroupRow
+
+
+class Head(msgspec.Struct, frozen=True, array_like=True):
+    """How far a thread's log goes: what a promise's inventory says of it."""
+
+    thread_id: str
+    epoch: int
+    v: int
+    hash: bytes
+
+    @property
+    def version(self) -> Version:
+        return Version(self.epoch, self.v)
+
+
+class Recovery(msgspec.Struct, frozen=True):
+    """A thread that this new holder may not serve before it adopted `head` from `source`."""
+
+    group: str
+    source: str
+    head: Head
+
+
+class Win(msgspec.Struct, frozen=True):
+    """This region collected a majority's promises for `epoch`: from here on it holds the group.
+
+    Fenced when a higher epoch was promised meanwhile. `recoveries` are the threads whose best log is elsewhere;
+    `offers` says which threads each target may lack (None: any of them).
+    """
+
+    group: str
+    epoch: int
+    recoveries: tuple[Recovery, ...]
+    offers: tuple[tuple[str, tuple[str, ...] | None], ...]
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """Threads of a group held here that `target` seems to lack entries of: owed as if it had all, its answer
+    says where to begin. Repair wakes replication by it, nothing else."""
+
+    group: str
+    target: str
+    thread_ids: tuple[str, ...]
+
+
+class Disown(msgspec.Struct, frozen=True):
+    """The holder of `epoch` has never heard of these threads: save their logs whole, to be submitted again."""
+
+    group: str
+    epoch: int
+    thread_ids: tuple[str, ...]
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """An entry that another holder's log lacks, kept until it came back through replication.
+
+    `buried`: its thread was deleted, so it never will; operators see it in the graveyard.
+    """
+
+    thread_id: str
+    group: str
+    entry: Entry
+    at_us: int
+    buried: bool = False
+
+
+class Release(msgspec.Struct, frozen=True):
+    """Saved entries of a thread that are durable at a majority in the holder's log, or `buried` there."""
+
+    thread_id: str
+    entry_ids: tuple[str, ...]
+    buried: tuple[str, ...] = ()
+
+
+class Resubmit(msgspec.Struct, frozen=True):
+    """Entries that `source` saved from an older epoch, for the holder to append by the rules of section 5.
+    The outcome is Resubmitted."""
+
+    group: str
+    thread_id: str
+    source: str
+    entries: tuple[Entry, ...]
+
+
+Fate = Literal["appended", "present", "buried", "dropped"]
+"""What became of an entry submitted again. "dropped": a term mark, which says nothing to others."""
+
+
+class Resubmitted(msgspec.Struct, frozen=True):
+    written: Written
+    fates: tuple[tuple[str, Fate], ...]
+    """(entry id, fate), in the order of the entries."""
+
+
+Standing = Literal["virgin", "learner", "voter"]
+"""A new disk; a disk that has yet to learn what the cluster knows; one whose promises and answers count."""
+
+
+class Settle(msgspec.Struct, frozen=True):
+    """This store's standing among the regions changes.
+
+    To "learner": what it held before it was replaced or restored, it no longer holds. To "voter" with
+    `founders`: it and they were new together (region, incarnation). `incarnation`: a newer one for this store.
+    """
+
+    standing: Standing
+    founders: tuple[tuple[str, str], ...] = ()
+    incarnation: str | None = None
+
+
+class LearnPromise(msgspec.Struct, frozen=True):
+    """A voter's row of a group: this store promises no less (a replaced disk may have promised it before)."""
 
     group: GroupRow
 
@@ -410,8 +569,25 @@ class Unpark(msgspec.Struct, frozen=True):
     target: str | None
 
 
-Operation = Write | ApplyDelta | Acknowledge | Postpone | MeetPeer | AdoptGroup | Trim | Unpark
-Outcome = Written | Applied | Gap | Diverged | Refused | StoreError | int | None
+Operation = (
+    Write
+    | ApplyDelta
+    | Acknowledge
+    | Postpone
+    | MeetPeer
+    | AdoptGroup
+    | Promise
+    | Win
+    | Offer
+    | Disown
+    | Release
+    | Resubmit
+    | Settle
+    | LearnPromise
+    | Trim
+    | Unpark
+)
+Outcome = Written | Applied | Gap | Diverged | Refused | Promised | Resubmitted | StoreError | int | None
 
 
 class OutboxRow(msgspec.Struct, frozen=True):
@@ -452,8 +628,31 @@ class ReplicaLog(Protocol):
         ...
 
     @property
-    def groups(self) -> dict[str, GroupRow]:
+    def groups(self) -> Mapping[str, GroupRow]:
         """Every group's row as last committed."""
+        ...
+
+    @property
+    def standing(self) -> Standing: ...
+
+    @property
+    def founders(self) -> Mapping[str, str]:
+        """Incarnations that were new together with this store, when it was."""
+        ...
+
+    @property
+    def peers(self) -> Mapping[str, str]:
+        """The newest incarnation known of each other region."""
+        ...
+
+    @property
+    def unrecovered(self) -> Mapping[str, Recovery]:
+        """Threads of groups held here whose logs have yet to be adopted."""
+        ...
+
+    def is_holder(self, group: str) -> bool:
+        """True when this very store won the group's present epoch (or was born with it) and has promised no
+        higher one. A copy of it, restored, does not."""
         ...
 
     async def commit(self, operations: Sequence[Operation]) -> Sequence[Outcome]:
@@ -495,6 +694,26 @@ class ReplicaLog(Protocol):
         ...
 
     async def backlog(self, target: str) -> Backlog: ...
+
+    async def digests(self, group: str) -> Sequence[int]:
+        """XOR of `origin.log.row_digest` over the group's threads, for each of the 4,096 buckets."""
+        ...
+
+    async def heads(self, group: str, buckets: frozenset[int]) -> Sequence[Head]:
+        """The group's threads in these buckets."""
+        ...
+
+    async def owed(self, group: str) -> frozenset[str]:
+        """The group's threads that any target has yet to confirm."""
+        ...
+
+    async def saved(self, *, limit: int, buried: bool = False) -> Sequence[Saved]:
+        """Saved entries, the oldest first, whole threads together; or the graveyard."""
+        ...
+
+    async def held_access(self) -> Mapping[str, Access]:
+        """Access records whose entries the logs here still lack, by thread."""
+        ...
 
     async def changes(self, after: int, limit: int) -> Sequence[Change]:
         """Feed rows behind a position, ascending."""

@@ -17,6 +17,7 @@ from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import Principal
 from origin import log
 from origin.access import may_read
+from origin.groups import Cluster, founding
 from origin.store import base
 from origin.store.base import LOCAL, Access, Applied, GroupRow, Outcome, Refused, StoreError, Written
 from origin.store.memory_outbox import Outbox
@@ -30,7 +31,7 @@ from origin.store.queries import (
     tokens,
     words,
 )
-from origin.thread import ENTRIES_PER_THREAD_MAX, ZERO_HASH, CreateBody, Entry, Row, Version
+from origin.thread import DIGEST_BUCKETS, ENTRIES_PER_THREAD_MAX, ZERO_HASH, CreateBody, Entry, Row, Version
 
 _logger = logging.getLogger(__name__)
 
@@ -54,6 +55,20 @@ class _Thread:
 
     def hash_at(self, seq: int) -> bytes | None:
         return self.entries[seq - 1].hash if 1 <= seq <= len(self.entries) else None
+
+    def span(self, first: int, last: int) -> Sequence[Entry]:
+        return self.entries[first - 1 : last]
+
+    def patches(self) -> Sequence[Entry]:
+        return [entry for entry in self.entries if entry.kind == "patch"]
+
+    def cut(self, upto: int) -> list[Entry]:
+        """Take out, and return, the entries behind `upto`."""
+        tail = self.entries[upto:]
+        del self.entries[upto:]
+        for entry in tail:
+            del self.seq_of[entry.id]
+        return tail
 
     def append(self, row: Row, entries: Iterable[Entry]) -> None:
         for entry in entries:
@@ -101,13 +116,14 @@ class MemoryStore:
         random_source = rng if rng is not None else random.SystemRandom()
         self._region = region
         self._clock = clock
-        self._incarnation = f"{int(clock.time() * 1000):012x}{random_source.getrandbits(80):020x}"
-        self._groups = {member: GroupRow(member, 1, member, 1) for member in members}
+        incarnation = f"{int(clock.time() * 1000):012x}{random_source.getrandbits(80):020x}"
+        self._cluster = Cluster(region, incarnation, [founding(member, region) for member in members])
         self._threads: dict[str, _Thread] = {}
         self._holds: dict[str, Access] = {}
         self._touched: dict[str, _Touched] = {}
         self._outbox = Outbox(member for member in members if member != region)
-        self._peers: dict[str, str] = {}
+        self._saved: dict[tuple[str, bytes], base.Saved] = {}
+        """By thread and hash of the entry."""
         self._keys: dict[tuple[str, str, str], _Keyed] = {}
         self._digests: dict[tuple[str, int], int] = {}
         self._steps: list[_Step] = []
@@ -115,16 +131,30 @@ class MemoryStore:
 
     @property
     def incarnation(self) -> str:
-        return self._incarnation
+        return self._cluster.incarnation
 
     @property
-    def groups(self) -> dict[str, GroupRow]:
-        return self._groups
+    def groups(self) -> Mapping[str, GroupRow]:
+        return self._cluster.rows
 
     @property
-    def digests(self) -> Mapping[tuple[str, int], int]:
-        """XOR of `origin.log.row_digest` over the threads of each (group, bucket)."""
-        return self._digests
+    def standing(self) -> base.Standing:
+        return self._cluster.standing
+
+    @property
+    def founders(self) -> Mapping[str, str]:
+        return self._cluster.founders
+
+    @property
+    def peers(self) -> Mapping[str, str]:
+        return self._cluster.peers
+
+    @property
+    def unrecovered(self) -> Mapping[str, base.Recovery]:
+        return self._cluster.unrecovered
+
+    def is_holder(self, group: str) -> bool:
+        return group in self._cluster.held
 
     def __repr__(self) -> str:
         return f"<MemoryStore {self._region}: {len(self._threads)} threads at position {self._position}>"
@@ -159,16 +189,32 @@ class MemoryStore:
                     return self._write(operation)
                 case base.ApplyDelta():
                     return self._apply(operation)
+                case base.Resubmit():
+                    return self._resubmit(operation)
+                case base.Disown():
+                    return self._disown(operation)
+                case base.Release():
+                    return self._release(operation)
                 case base.Acknowledge():
-                    return self._acknowledge(operation.target, operation.threads)
+                    return self._acknowledge(operation)
                 case base.Postpone():
                     return self._outbox.postpone(operation)
-                case base.MeetPeer():
-                    return self._meet(operation)
-                case base.AdoptGroup():
-                    return self._adopt(operation.group)
+                case base.Offer():
+                    return self._offer(operation)
                 case base.Unpark():
                     return self._outbox.unpark(operation.target)
+                case base.Promise():
+                    return self._cluster.promise(operation)
+                case base.Win():
+                    return self._win(operation)
+                case base.AdoptGroup():
+                    return self._adopt(operation.group)
+                case base.LearnPromise():
+                    return self._cluster.learn(operation)
+                case base.MeetPeer():
+                    return self._meet(operation)
+                case base.Settle():
+                    return self._cluster.settle(operation)
                 case base.Trim():
                     return self._trim(operation)
         except StoreError as error:
@@ -184,11 +230,9 @@ class MemoryStore:
                 return replayed
         thread = self._threads.get(write.thread_id)
         before = thread.row if thread is not None else None
-        group = self._group_for(before, write)
-        if group.holder != self._region:
-            raise base.NotHolder(group)
-        if group.promised > group.epoch:
-            raise base.Fenced(group.promised)
+        group = self._held_group(self._group_of(before, write))
+        if write.thread_id in self._cluster.unrecovered:
+            raise base.Recovering(write.thread_id)
         if before is not None and log.stricter(before, self._holds.get(before.id)).deleted and not before.deleted:
             raise base.ThreadNotFound(write.thread_id)  # a held deletion counts as done
         view = thread if thread is not None else _Thread()
@@ -200,57 +244,153 @@ class MemoryStore:
             version=plan.version,
             entries=plan.stands_for,
             created=plan.created,
+            mark=plan.mark,
             narrowed=plan.narrowed,
             base_v=before.v if before is not None else 0,
             base_hash=before.head_hash if before is not None else ZERO_HASH,
         )
 
-    def _group_for(self, row: Row | None, write: base.Write) -> GroupRow:
+    def _group_of(self, row: Row | None, write: base.Write) -> str:
         if row is not None:
-            return self._groups[row.group]
+            return row.group
         if write.create is None:
             raise base.ThreadNotFound(write.thread_id)
-        name = msgspec.json.decode(write.create.body, type=CreateBody).group
-        group = self._groups.get(name)
+        return msgspec.json.decode(write.create.body, type=CreateBody).group
+
+    def _held_group(self, name: str) -> GroupRow:
+        """The group's row, when this store may order its writes."""
+        group = self._cluster.rows.get(name)
         if group is None:
             raise base.Unavailable(f"no region of this cluster holds group {name!r}")
+        if group.holder != self._region:
+            raise base.NotHolder(group)
+        if name not in self._cluster.held:
+            raise base.Fenced(group.promised)
         return group
 
     def _apply(self, operation: base.ApplyDelta) -> base.ApplyAnswer:
         delta = operation.delta
-        group = self._groups.get(operation.group)
+        group = self._cluster.rows.get(operation.group)
         if group is None:
             return Refused(f"group {operation.group!r} is unknown here")
         if operation.epoch < group.promised:
             raise base.Fenced(group.promised)
+        recovery = self._cluster.unrecovered.get(delta.id)
+        if operation.group in self._cluster.held and recovery is None:
+            return Refused("this region orders the thread itself")
         thread = self._threads.get(delta.id)
         row = thread.row if thread is not None else None
         if row is not None and row.group != operation.group:
             return Refused(f"the thread belongs to group {row.group!r}, not {operation.group!r}")
-        plan = log.plan_apply(delta, row, thread if thread is not None else _Thread())
+        view = thread if thread is not None else _Thread()
+        plan = log.plan_apply(delta, row, view, epoch=operation.epoch, ordered=operation.ordered)
         answer = plan.answer
-        if plan.append and plan.row is not None:
+        if (plan.append or plan.cut is not None) and plan.row is not None:
             if plan.row.group == operation.group:
+                if plan.cut is not None:
+                    assert thread is not None
+                    self._cut(thread, plan.cut)
                 self._append(delta.id, plan.row, plan.append, replicate=False)
             else:
                 answer = Refused(f"the creation names group {plan.row.group!r}")
-        self._hold(delta, answer)
+        self._hold(delta.id, delta.access, answer)
+        if recovery is not None:
+            self._finish_recovery(recovery)
         return answer
 
-    def _hold(self, delta: base.ThreadDelta, answer: base.ApplyAnswer) -> None:
+    def _cut(self, thread: _Thread, cut: int) -> None:
+        """Save the entries behind `cut` and take them out of the log. What they deleted or narrowed stays so."""
+        row = thread.row
+        tail = thread.cut(cut)
+        self._save(row, tail)
+        self._keys = {
+            key: keyed for key, keyed in self._keys.items() if keyed.thread is not thread or keyed.last_seq <= cut
+        }
+        access = log.tail_access(row, tail)
+        if access is not None:
+            self._hold(row.id, access, None)
+        touched = self._touched.get(row.id)
+        if touched is None:
+            self._touched[row.id] = _Touched(thread, row, cut + 1, False)
+        else:
+            touched.first_seq = min(touched.first_seq, cut + 1)
+
+    def _save(self, row: Row, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            if entry.kind != "term":
+                saved = base.Saved(row.id, row.group, entry, self._now_us())
+                self._saved.setdefault((row.id, entry.hash), saved)
+
+    def _finish_recovery(self, recovery: base.Recovery) -> None:
+        """Once the log found by the election is here, whole, the thread is served again and sent to everyone."""
+        head = recovery.head
+        thread = self._threads.get(head.thread_id)
+        if thread is None or thread.hash_at(head.v) != head.hash:
+            return
+        self._cluster.recovered(head.thread_id)
+        touched = self._touched.get(head.thread_id)
+        if touched is not None:
+            touched.replicate = True
+        else:
+            v = thread.row.v
+            self._outbox.mark(head.thread_id, want_v=v, had_v=v, at_us=self._now_us(), urgent=False)
+
+    def _hold(self, thread_id: str, access: Access | None, answer: base.ApplyAnswer | None) -> None:
         """Keep an access record that the log has not got to, so that it takes effect at once."""
-        access = delta.access
         if access is None or (isinstance(answer, Applied) and answer.v >= access.seq):
             return
-        known = self._holds.get(delta.id)
-        if known is not None and known.seq >= access.seq:
-            return
-        thread = self._threads.get(delta.id)
+        thread = self._threads.get(thread_id)
         if thread is not None and log.has_caught_up(thread.row, thread, access):
             return
-        self._holds[delta.id] = access
-        if thread is not None and delta.id not in self._touched:
-            self._touched[delta.id] = _Touched(thread, thread.row, thread.row.v, False)
+        known = self._holds.get(thread_id)
+        if known is not None and log.outranks(known, access):
+            return
+        self._holds[thread_id] = access
+        if thread is not None and thread_id not in self._touched:
+            self._touched[thread_id] = _Touched(thread, thread.row, thread.row.v, False)
+
+    # ------------------------------------------------------------ what failovers leave behind
+
+    def _resubmit(self, operation: base.Resubmit) -> base.Resubmitted:
+        thread = self._threads.get(operation.thread_id)
+        row = thread.row if thread is not None else None
+        group = self._held_group(row.group if row is not None else operation.group)
+        if operation.thread_id in self._cluster.unrecovered:
+            raise base.Recovering(operation.thread_id)
+        view = thread if thread is not None else _Thread()
+        plan = log.plan_resubmit(
+            operation.thread_id, operation.entries, row, view, epoch=group.epoch, at_us=self._now_us()
+        )
+        if plan.append:
+            self._append(operation.thread_id, plan.row, plan.append, replicate=True)
+        written = Written(
+            row=plan.row,
+            version=plan.row.version,
+            entries=plan.append,
+            created=row is None,
+            narrowed=row is not None and log.narrows(row, plan.row),
+            base_v=row.v if row is not None else 0,
+            base_hash=row.head_hash if row is not None else ZERO_HASH,
+        )
+        return base.Resubmitted(written, plan.fates)
+
+    def _disown(self, operation: base.Disown) -> None:
+        """Save whole logs that the group's holder knows nothing of; they stay readable until theirs replace them."""
+        group = self._cluster.rows.get(operation.group)
+        if group is None or group.epoch != operation.epoch or group.promised != operation.epoch:
+            return  # said of an epoch that is over
+        for thread_id in operation.thread_ids:
+            thread = self._threads.get(thread_id)
+            if thread is not None and thread.row.group == operation.group and thread.row.epoch < operation.epoch:
+                self._save(thread.row, thread.entries)
+
+    def _release(self, operation: base.Release) -> None:
+        for key, saved in list(self._saved.items()):
+            if saved.thread_id == operation.thread_id:
+                if saved.entry.id in operation.entry_ids:
+                    del self._saved[key]
+                elif saved.entry.id in operation.buried:
+                    self._saved[key] = msgspec.structs.replace(saved, buried=True)
 
     def _append(self, thread_id: str, row: Row, entries: Sequence[Entry], *, replicate: bool) -> None:
         keyed = log.keyed_spans(entries)
@@ -291,34 +431,49 @@ class MemoryStore:
                 )
         self._touched.clear()
 
-    # ------------------------------------------------------------ peers, groups, housekeeping
+    # ------------------------------------------------------------ outbox, peers, groups, housekeeping
 
-    def _acknowledge(self, target: str, threads: Sequence[tuple[str, int]]) -> None:
-        for thread_id, v in threads:
+    def _acknowledge(self, operation: base.Acknowledge) -> None:
+        for thread_id, v, digest in operation.threads:
             thread = self._threads.get(thread_id)
-            if thread is not None and v <= thread.row.v:
-                self._outbox.acknowledge(target, thread_id, v)
+            if thread is not None and v <= thread.row.v and (v == 0 or thread.hash_at(v) == digest):
+                self._outbox.acknowledge(operation.target, thread_id, v)
 
-    def _meet(self, operation: base.MeetPeer) -> None:
-        """Offer a peer with another disk every thread this region orders: rows with nothing to send, whose
-        answers say where to begin."""
-        if self._peers.get(operation.region) == operation.incarnation:
-            return
-        self._peers[operation.region] = operation.incarnation
-        held: list[tuple[str, int]] = []
-        for thread_id, thread in self._threads.items():
+    def _offer(self, operation: base.Offer) -> None:
+        if operation.group in self._cluster.held:
+            self._outbox.offer(operation.target, self._lengths(operation.thread_ids), self._now_us())
+
+    def _lengths(self, thread_ids: Iterable[str]) -> list[tuple[str, int]]:
+        """(thread id, v) of the threads that are here, as they were before this commit. Those that it made are
+        owed to every target anyway."""
+        found: list[tuple[str, int]] = []
+        for thread_id in thread_ids:
             touched = self._touched.get(thread_id)
-            row = thread.row if touched is None else touched.before
-            if row is not None and self._groups[row.group].holder == self._region:
-                held.append((thread_id, row.v))
-        self._outbox.offer(operation.region, held, self._now_us())
+            thread = self._threads.get(thread_id)
+            row = touched.before if touched is not None else thread.row if thread is not None else None
+            if row is not None:
+                found.append((thread_id, row.v))
+        return found
+
+    def _of_group(self, group: str) -> list[str]:
+        return [id_ for id_, thread in self._threads.items() if thread.row.group == group]
+
+    def _win(self, operation: base.Win) -> None:
+        self._cluster.win(operation)
+        self._outbox.forget(self._of_group(operation.group))
+        for target, thread_ids in operation.offers:
+            ids = thread_ids if thread_ids is not None else self._of_group(operation.group)
+            self._outbox.offer(target, self._lengths(ids), self._now_us())
 
     def _adopt(self, group: GroupRow) -> None:
-        known = self._groups.get(group.group)
-        if known is not None and known.epoch >= group.epoch:
-            return
-        promised = max(group.epoch, known.promised if known is not None else 0)
-        self._groups = self._groups | {group.group: msgspec.structs.replace(group, promised=promised)}
+        if self._cluster.adopt(group):
+            self._outbox.forget(self._of_group(group.group))
+
+    def _meet(self, operation: base.MeetPeer) -> None:
+        """Offer a peer with another disk every thread this region orders."""
+        if self._cluster.meet(operation.region, operation.incarnation):
+            for group in sorted(self._cluster.held):
+                self._outbox.offer(operation.region, self._lengths(self._of_group(group)), self._now_us())
 
     def _trim(self, operation: base.Trim) -> None:
         self._keys = {key: keyed for key, keyed in self._keys.items() if keyed.at_us >= operation.keys_before_us}
@@ -401,6 +556,24 @@ class MemoryStore:
 
     async def backlog(self, target: str) -> base.Backlog:
         return self._outbox.backlog(target, self._now_us())
+
+    async def digests(self, group: str) -> Sequence[int]:
+        return [self._digests.get((group, bucket), 0) for bucket in range(DIGEST_BUCKETS)]
+
+    async def heads(self, group: str, buckets: frozenset[int]) -> Sequence[base.Head]:
+        rows = (self._threads[thread_id].row for thread_id in sorted(self._of_group(group)))
+        return [base.Head(it.id, it.epoch, it.v, it.head_hash) for it in rows if log.bucket_of(it.id) in buckets]
+
+    async def owed(self, group: str) -> frozenset[str]:
+        return frozenset(id_ for id_ in self._outbox.owed() if self._threads[id_].row.group == group)
+
+    async def saved(self, *, limit: int, buried: bool = False) -> Sequence[base.Saved]:
+        found = [saved for saved in self._saved.values() if saved.buried == buried]
+        threads = {saved.thread_id for saved in found[:limit]}
+        return sorted((it for it in found if it.thread_id in threads), key=lambda saved: saved.thread_id)
+
+    async def held_access(self) -> Mapping[str, Access]:
+        return dict(sorted(self._holds.items()))
 
     async def changes(self, after: int, limit: int) -> Sequence[base.Change]:
         start = max(0, after - self._floor)

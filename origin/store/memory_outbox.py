@@ -24,6 +24,8 @@ class _Due(msgspec.Struct):
     next_at: float = 0.0
     parked: bool = False
     last_error: str | None = None
+    offered: bool = False
+    """acked_v says where to begin, not what the target has."""
 
 
 class Outbox:
@@ -50,19 +52,31 @@ class Outbox:
                 due.parked, due.next_at = False, 0.0
 
     def offer(self, target: str, threads: Iterable[tuple[str, int]], at_us: int) -> None:
-        """Owe `target` each (thread, v) as if it had it: its answer says where to begin."""
+        """Offer `target` each (thread, v): nothing to send, its answer says where to begin."""
         rows = self._rows.get(target)
         if rows is None:
             return
         for thread_id, v in threads:
             due = rows.setdefault(thread_id, _Due(v, v, at_us))
-            due.parked, due.next_at = False, 0.0
+            due.want_v, due.offered = v, True
+            due.parked, due.attempts, due.next_at = False, 0, 0.0
+
+    def forget(self, thread_ids: Iterable[str]) -> None:
+        """What was owed of these threads is another holder's to send."""
+        for thread_id in thread_ids:
+            for rows in self._rows.values():
+                rows.pop(thread_id, None)
+
+    def owed(self) -> frozenset[str]:
+        """Threads that any target has yet to confirm."""
+        return frozenset(thread_id for rows in self._rows.values() for thread_id in rows)
 
     def acknowledge(self, target: str, thread_id: str, v: int) -> None:
         due = self._rows.get(target, {}).get(thread_id)
         if due is None:
             return
-        due.acked_v = max(due.acked_v, v)
+        due.acked_v = v if due.offered else max(due.acked_v, v)
+        due.offered = False
         due.attempts, due.next_at, due.parked, due.last_error = 0, 0.0, False, None
         if due.want_v <= v:
             del self._rows[target][thread_id]
@@ -106,7 +120,8 @@ class Outbox:
 
     def unconfirmed(self, thread_id: str) -> dict[str, int]:
         """acked_v of the targets that are owed some of the thread."""
-        return {target: rows[thread_id].acked_v for target, rows in self._rows.items() if thread_id in rows}
+        found = {target: rows[thread_id] for target, rows in self._rows.items() if thread_id in rows}
+        return {target: 0 if due.offered else due.acked_v for target, due in found.items()}
 
     def backlog(self, target: str, now_us: int) -> Backlog:
         rows = self._rows.get(target, {}).values()

@@ -28,8 +28,10 @@ CREATE TABLE threads(
   deleted_seq INTEGER NOT NULL,
   held BLOB,                            -- an access record the log has not caught up with
   hidden INTEGER NOT NULL,              -- deleted, held as deleted, or internal: in no listing
-  shared INTEGER NOT NULL               -- in the team's listing
+  shared INTEGER NOT NULL,              -- in the team's listing
+  bucket INTEGER NOT NULL               -- of the digests
 );
+CREATE INDEX threads_by_bucket ON threads(grp, bucket);
 CREATE INDEX threads_by_owner ON threads(owner, issuer, archived, activity_us DESC, id DESC) WHERE hidden = 0;
 CREATE INDEX threads_by_owner_any ON threads(owner, issuer, activity_us DESC, id DESC) WHERE hidden = 0;
 CREATE INDEX threads_by_team ON threads(team, issuer, archived, activity_us DESC, id DESC) WHERE shared = 1;
@@ -57,11 +59,41 @@ CREATE TABLE outbox(
   next_at REAL NOT NULL DEFAULT 0,
   parked INTEGER NOT NULL DEFAULT 0,
   last_error TEXT,
+  offered INTEGER NOT NULL DEFAULT 0,   -- acked_v says where to begin, not what the target has
   PRIMARY KEY(target, n)
 ) WITHOUT ROWID;
 
-CREATE TABLE groups(grp TEXT PRIMARY KEY, epoch INTEGER NOT NULL, holder TEXT NOT NULL, promised INTEGER NOT NULL)
-  WITHOUT ROWID;
+CREATE TABLE groups(
+  grp TEXT PRIMARY KEY,
+  epoch INTEGER NOT NULL,
+  holder TEXT NOT NULL,
+  promised INTEGER NOT NULL,
+  candidate TEXT NOT NULL,              -- whom `promised` was promised to
+  candidate_incarnation TEXT NOT NULL,
+  won INTEGER NOT NULL                  -- the epoch that this very disk won
+) WITHOUT ROWID;
+-- Threads that this holder may not serve before it adopted the log that its election found elsewhere.
+CREATE TABLE recoveries(
+  thread_id TEXT PRIMARY KEY,
+  grp TEXT NOT NULL,
+  source TEXT NOT NULL,
+  epoch INTEGER NOT NULL,
+  v INTEGER NOT NULL,
+  hash BLOB NOT NULL
+) WITHOUT ROWID;
+-- Entries that another holder's log lacks: kept until they came back, or for good when their thread was deleted.
+CREATE TABLE saved(
+  pos INTEGER PRIMARY KEY,
+  thread_id TEXT NOT NULL,
+  entry_id TEXT NOT NULL,
+  hash BLOB NOT NULL,
+  grp TEXT NOT NULL,
+  entry BLOB NOT NULL,
+  at_us INTEGER NOT NULL,
+  buried INTEGER NOT NULL DEFAULT 0,
+  UNIQUE(thread_id, hash)
+);
+CREATE INDEX saved_by_entry ON saved(thread_id, entry_id);
 CREATE TABLE peers(region TEXT PRIMARY KEY, incarnation TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE buckets(grp TEXT NOT NULL, bucket INTEGER NOT NULL, digest INTEGER NOT NULL, PRIMARY KEY(grp, bucket))
   WITHOUT ROWID;

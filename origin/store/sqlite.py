@@ -24,9 +24,11 @@ import apsw
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import Principal
 from infra.pool import Pool, PoolStatistics, PoolTimeout
+from origin.groups import founding
 from origin.store import base, sqlite_read
 from origin.store.base import LOCAL, Freshness, GroupRow, Written
 from origin.store.bodies import BodyDamaged, BodyFiles
+from origin.store.sqlite_groups import save_group
 from origin.store.sqlite_write import SqliteWriter
 from origin.thread import Entry, Row
 
@@ -86,7 +88,6 @@ class SqliteStore:
         *,
         bodies: BodyFiles,
         writer: SqliteWriter,
-        incarnation: str,
         lock: int,
         reader_threads: int,
         clock: Clock,
@@ -95,7 +96,6 @@ class SqliteStore:
         self._readers = readers
         self._bodies = bodies
         self._writer = writer
-        self._incarnation = incarnation
         self._lock = lock
         self._clock = clock
         self._recent: Sequence[base.Change] = ()
@@ -125,7 +125,7 @@ class SqliteStore:
             connection.pragma("synchronous", "full")
             connection.pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
             incarnation = f"{int(clock.time() * 1000):012x}{random_source.getrandbits(80):020x}"
-            incarnation = _prepare(connection, region, members, incarnation)
+            _prepare(connection, region, members, incarnation)
             bodies = BodyFiles(folder / "bodies")
             writer = SqliteWriter(
                 connection,
@@ -162,7 +162,6 @@ class SqliteStore:
             pool,
             bodies=bodies,
             writer=writer,
-            incarnation=incarnation,
             lock=lock,
             reader_threads=readers,
             clock=clock,
@@ -170,11 +169,30 @@ class SqliteStore:
 
     @property
     def incarnation(self) -> str:
-        return self._incarnation
+        return self._writer.committed.incarnation
 
     @property
-    def groups(self) -> dict[str, GroupRow]:
-        return self._writer.groups
+    def groups(self) -> Mapping[str, GroupRow]:
+        return self._writer.committed.groups
+
+    @property
+    def standing(self) -> base.Standing:
+        return self._writer.committed.standing
+
+    @property
+    def founders(self) -> Mapping[str, str]:
+        return self._writer.committed.founders
+
+    @property
+    def peers(self) -> Mapping[str, str]:
+        return self._writer.committed.peers
+
+    @property
+    def unrecovered(self) -> Mapping[str, base.Recovery]:
+        return self._writer.committed.unrecovered
+
+    def is_holder(self, group: str) -> bool:
+        return group in self._writer.committed.held
 
     def pool_statistics(self) -> PoolStatistics:
         return self._readers.statistics()
@@ -238,6 +256,21 @@ class SqliteStore:
 
     async def backlog(self, target: str) -> base.Backlog:
         return await self._read(sqlite_read.read_backlog, target, int(self._clock.time() * 1_000_000))
+
+    async def digests(self, group: str) -> Sequence[int]:
+        return await self._read(sqlite_read.read_digests, group)
+
+    async def heads(self, group: str, buckets: frozenset[int]) -> Sequence[base.Head]:
+        return await self._read(sqlite_read.read_heads, group, buckets)
+
+    async def owed(self, group: str) -> frozenset[str]:
+        return await self._read(sqlite_read.read_owed, group)
+
+    async def saved(self, *, limit: int, buried: bool = False) -> Sequence[base.Saved]:
+        return await self._read(sqlite_read.read_saved, limit, buried)
+
+    async def held_access(self) -> Mapping[str, base.Access]:
+        return await self._read(sqlite_read.read_held_access)
 
     async def changes(self, after: int, limit: int) -> Sequence[base.Change]:
         # The feed asks for what was just committed, and nothing since could have changed how it is shown.
@@ -309,21 +342,27 @@ def _connect(folder: Path, cache_kib: int, *, readonly: bool = False) -> apsw.Co
     return connection
 
 
-def _prepare(connection: apsw.Connection, region: str, members: Sequence[str], new_incarnation: str) -> str:
-    """Create or migrate the schema and return the incarnation, ordered by when a disk was made.
+def _prepare(connection: apsw.Connection, region: str, members: Sequence[str], new_incarnation: str) -> None:
+    """Create or migrate the schema, in one transaction: all of it or nothing.
 
-    One transaction: all of it or nothing.
+    A new store's incarnation is ordered by when its disk was made. A store that has yet to learn what the
+    cluster knows (restored, replaced) holds nothing, whatever its copy of the groups says.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
         if connection.pragma("user_version") == 0:
             connection.execute(resources.files("origin.store").joinpath("schema.sql").read_text("utf-8"))
-            connection.execute("INSERT INTO meta VALUES('region', ?), ('incarnation', ?)", (region, new_incarnation))
+            meta = {"region": region, "incarnation": new_incarnation, "standing": "virgin"}
+            connection.executemany("INSERT INTO meta VALUES(?, ?)", list(meta.items()))
             connection.pragma("application_id", APPLICATION_ID)
             connection.pragma("user_version", SCHEMA_VERSION)
+        known = {str(group) for (group,) in connection.execute("SELECT grp FROM groups")}
         for member in members:
-            connection.execute("INSERT OR IGNORE INTO groups VALUES(?, 1, ?, 1)", (member, member))
+            if member not in known:
+                save_group(connection, founding(member, region))
         meta = {str(key): str(value) for key, value in connection.execute("SELECT key, value FROM meta")}
+        if meta["standing"] == "learner":
+            connection.execute("UPDATE groups SET won = 0, candidate = '', candidate_incarnation = ''")
         connection.execute("COMMIT")
     except BaseException:
         if not connection.get_autocommit():
@@ -331,4 +370,3 @@ def _prepare(connection: apsw.Connection, region: str, members: Sequence[str], n
         raise
     if meta["region"] != region:
         raise WrongRegion(f"the store holds region {meta['region']!r}, not {region!r}")
-    return meta["incarnation"]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Final, cast
 
 import apsw
+import msgspec
 
 from infra.identity import Principal
 from origin.access import may_read
@@ -35,7 +36,7 @@ from origin.store.sqlite_rows import (
     stored_row,
     team_token,
 )
-from origin.thread import ZERO_HASH, Entry, Row
+from origin.thread import DIGEST_BUCKETS, ZERO_HASH, Entry, Row
 
 _SHOWN: Final = f"{ROW_COLUMNS}, held"
 _LISTED: Final = ", ".join(f"threads.{name}" for name in _SHOWN.split(", "))
@@ -216,7 +217,8 @@ def read_outbox(
 
 def read_unconfirmed(db: apsw.Connection, thread_id: str) -> dict[str, int]:
     found = db.execute(
-        "SELECT target, acked_v FROM outbox JOIN threads ON threads.n = outbox.n WHERE threads.id = ?",
+        "SELECT target, CASE offered WHEN 1 THEN 0 ELSE acked_v END FROM outbox "
+        "JOIN threads ON threads.n = outbox.n WHERE threads.id = ?",
         (thread_id,),
     )
     return {cast(str, target): cast(int, acked_v) for target, acked_v in found}
@@ -244,6 +246,51 @@ def read_backlog(db: apsw.Connection, target: str, now_us: int) -> base.Backlog:
     ).fetchone()
     oldest_s = max(0.0, (now_us - oldest_us) / 1e6) if oldest_us is not None else 0.0
     return base.Backlog(threads, oldest_s, parked, error[0] if error else None)
+
+
+def read_digests(db: apsw.Connection, group: str) -> list[int]:
+    digests = [0] * DIGEST_BUCKETS
+    for bucket, signed in db.execute("SELECT bucket, digest FROM buckets WHERE grp = ?", (group,)):
+        digests[bucket] = signed & (1 << 64) - 1
+    return digests
+
+
+def read_heads(db: apsw.Connection, group: str, buckets: frozenset[int]) -> list[base.Head]:
+    with _snapshot(db):
+        return [
+            base.Head(id_, epoch, v, hash_)
+            for bucket in sorted(buckets)
+            for id_, epoch, v, hash_ in db.execute(
+                "SELECT id, epoch, v, head_hash FROM threads WHERE grp = ? AND bucket = ? ORDER BY id", (group, bucket)
+            )
+        ]
+
+
+def read_owed(db: apsw.Connection, group: str) -> frozenset[str]:
+    found = db.execute(
+        "SELECT DISTINCT threads.id FROM outbox JOIN threads ON threads.n = outbox.n WHERE grp = ?", (group,)
+    )
+    return frozenset(cast(str, id_) for (id_,) in found)
+
+
+def read_saved(db: apsw.Connection, limit: int, buried: bool) -> list[base.Saved]:
+    """Whole threads, so that a creation is never parted from what follows it."""
+    found = db.execute(
+        "SELECT thread_id, grp, entry, at_us, buried FROM saved WHERE buried = ? AND thread_id IN "
+        "(SELECT thread_id FROM saved WHERE buried = ? ORDER BY pos LIMIT ?) ORDER BY thread_id, pos",
+        (int(buried), int(buried), limit),
+    )
+    return [
+        base.Saved(id_, group, msgspec.msgpack.decode(entry, type=Entry), at_us, bool(buried))
+        for id_, group, entry, at_us, buried in found
+    ]
+
+
+def read_held_access(db: apsw.Connection) -> dict[str, base.Access]:
+    return {
+        cast(str, id_): msgspec.msgpack.decode(cast(bytes, access), type=base.Access)
+        for id_, access in db.execute("SELECT thread_id, access FROM access_holds ORDER BY thread_id")
+    }
 
 
 def read_changes(db: apsw.Connection, after: int, limit: int) -> list[base.Change]:

@@ -7,7 +7,7 @@ reads them from pooled connections.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, cast
 
 import apsw
@@ -93,6 +93,26 @@ def find_entry(connection: apsw.Connection, bodies: BodyFiles, n: int, entry_id:
         f"SELECT {ENTRY_COLUMNS} FROM entries WHERE pos >> 24 = ? AND id = ?", (n, entry_id)
     ).fetchone()
     return None if found is None else entry_from(found, bodies)
+
+
+def entries_between(
+    connection: apsw.Connection, bodies: BodyFiles, n: int, first: int, last: int, kind: Kind | None = None
+) -> list[Entry]:
+    """Entries first…last of thread number `n`, of one kind or of all."""
+    where, values = ("", ()) if kind is None else (" AND kind = ?", (KIND_NUMBERS[kind],))
+    found = connection.execute(
+        f"SELECT {ENTRY_COLUMNS} FROM entries WHERE pos >= ? AND pos <= ?{where} ORDER BY pos",
+        (place(n, first), place(n, last), *values),
+    )
+    return [entry_from(columns, bodies) for columns in found]
+
+
+def save(connection: apsw.Connection, thread_id: str, group: str, entries: Iterable[Entry], at_us: int) -> None:
+    """Keep entries apart from their log; those kept already stay as they are."""
+    connection.executemany(
+        "INSERT OR IGNORE INTO saved(thread_id, entry_id, hash, grp, entry, at_us) VALUES(?, ?, ?, ?, ?, ?)",
+        [(thread_id, it.id, it.hash, group, msgspec.msgpack.encode(it), at_us) for it in entries if it.kind != "term"],
+    )
 
 
 def stored_row(connection: apsw.Connection, n: int) -> Row:

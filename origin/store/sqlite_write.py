@@ -21,7 +21,9 @@ from origin.store import base, sqlite_rows
 from origin.store.base import Access, Applied, Diverged, Gap, GroupRow, Outcome, Refused, StoreError, Written
 from origin.store.bodies import BodyDamaged, BodyFiles
 from origin.store.queries import searchable, text_of
-from origin.store.sqlite_rows import KIND_NUMBERS, ROW_COLUMNS, place
+from origin.store.sqlite_groups import SqliteCluster
+from origin.store.sqlite_outbox import SqliteOutbox
+from origin.store.sqlite_rows import KIND_NUMBERS, ROW_COLUMNS, SEQ_MASK, place
 from origin.thread import ZERO_HASH, CreateBody, Entry, Row
 
 CACHED_ROWS: Final = 4_096
@@ -29,19 +31,16 @@ CACHED_ROWS: Final = 4_096
 _logger = logging.getLogger(__name__)
 _UPDATES: Final = ", ".join(f"{name} = excluded.{name}" for name in ROW_COLUMNS.split(", ")[1:])
 _UPSERT_ROW: Final = (
-    f"INSERT INTO threads(n, {ROW_COLUMNS}, held, hidden, shared) VALUES({', '.join('?' * 25)}) "
+    f"INSERT INTO threads(n, {ROW_COLUMNS}, held, hidden, shared, bucket) VALUES({', '.join('?' * 26)}) "
     f"ON CONFLICT(n) DO UPDATE SET {_UPDATES}, held = excluded.held, hidden = excluded.hidden, "
     "shared = excluded.shared"
 )
 _INSERT_ENTRY: Final = (
     "INSERT INTO entries(pos, epoch, kind, id, meta, body, digest, hash) VALUES(?, ?, ?, ?, ?, ?, ?, ?)"
 )
-_MARK_OUTBOX: Final = (
-    "INSERT INTO outbox(target, n, want_v, acked_v, since_us) VALUES(?, ?, ?, ?, ?) "
-    "ON CONFLICT(target, n) DO UPDATE SET want_v = excluded.want_v"
-)
-_MARK_OUTBOX_URGENT: Final = f"{_MARK_OUTBOX}, parked = 0, next_at = 0"
-"""A deletion or narrowing must reach targets that park the thread too."""
+
+
+_INDEX_TEXT: Final = "INSERT OR REPLACE INTO search(rowid, scope, text) VALUES(?, ?, ?)"
 
 
 class _Touched(msgspec.Struct):
@@ -70,22 +69,19 @@ class SqliteWriter:
         self._db = connection
         self._bodies = bodies
         self._region = region
-        self._targets = tuple(member for member in members if member != region)
+        self._outbox = SqliteOutbox(connection, [member for member in members if member != region], now_us)
         self._body_file_bytes = body_file_bytes
         self._now_us = now_us
         self._rows: OrderedDict[str, tuple[int, Row]] = OrderedDict()
         self._touched: dict[str, _Touched] = {}
         self._holds: dict[str, Access] = {}
-        self._groups: dict[str, GroupRow] = {}
         self._next_n = 1
         self._position = 0
         self.changes: list[base.Change] = []
         """Feed rows of the last commit."""
         self._load()
-
-    @property
-    def groups(self) -> dict[str, GroupRow]:
-        return self._groups
+        self.committed = self._cluster.view()
+        """The cluster as last committed, for readers on other threads."""
 
     def commit(self, operations: Sequence[base.Operation]) -> list[Outcome]:
         """Carry out all operations in one transaction; when the engine fails, each alone."""
@@ -110,6 +106,7 @@ class SqliteWriter:
             outcomes = [self._carry_out(operation) for operation in operations]
             self._finish()
             self._db.execute("COMMIT")
+            self.committed = self._cluster.view()
         except BaseException:
             self._touched.clear()
             self._rows.clear()
@@ -131,16 +128,32 @@ class SqliteWriter:
                     return self._write(operation)
                 case base.ApplyDelta():
                     return self._apply(operation)
+                case base.Resubmit():
+                    return self._resubmit(operation)
+                case base.Disown():
+                    return self._disown(operation)
+                case base.Release():
+                    return self._release(operation)
                 case base.Acknowledge():
                     return self._acknowledge(operation)
                 case base.Postpone():
-                    return self._postpone(operation)
-                case base.MeetPeer():
-                    return self._meet(operation)
+                    return self._outbox.postpone(self._row(operation.thread_id)[0], operation)
+                case base.Offer():
+                    return self._offer(operation)
+                case base.Unpark():
+                    return self._outbox.unpark(operation.target)
+                case base.Promise():
+                    return self._cluster.promise(operation)
+                case base.Win():
+                    return self._win(operation)
                 case base.AdoptGroup():
                     return self._adopt(operation.group)
-                case base.Unpark():
-                    return self._unpark(operation)
+                case base.LearnPromise():
+                    return self._cluster.learn(operation)
+                case base.MeetPeer():
+                    return self._meet(operation)
+                case base.Settle():
+                    return self._cluster.settle(operation)
                 case base.Trim():
                     return self._trim(operation)
         except StoreError as error:
@@ -154,17 +167,13 @@ class SqliteWriter:
             if replayed is not None:
                 return replayed
         n, row = self._row(write.thread_id)
-        group = self._groups_of(row, write)
-        if group.holder != self._region:
-            raise base.NotHolder(group)
-        if group.promised > group.epoch:
-            raise base.Fenced(group.promised)
-        at_us = self._now_us()
-        shown = row if row is None else log.stricter(row, self._holds.get(row.id))
-        if row is not None and shown is not row:
-            self._refuse_held(shown, write)
+        group = self._held_group(self._group_of(row, write))
+        if write.thread_id in self._cluster.unrecovered:
+            raise base.Recovering(write.thread_id)
+        if row is not None and log.stricter(row, self._holds.get(row.id)).deleted and not row.deleted:
+            raise base.ThreadNotFound(write.thread_id)  # a held deletion counts as done
         view = _LogView(self._db, self._bodies, n)
-        plan = log.plan_write(write, row, view, epoch=group.epoch, at_us=at_us)
+        plan = log.plan_write(write, row, view, epoch=group.epoch, at_us=self._now_us())
         if plan.append:
             self._append(write.thread_id, n, row, plan.row, plan.append, replicate=True)
         return Written(
@@ -172,62 +181,156 @@ class SqliteWriter:
             version=plan.version,
             entries=plan.stands_for,
             created=plan.created,
+            mark=plan.mark,
             narrowed=plan.narrowed,
             base_v=row.v if row is not None else 0,
             base_hash=row.head_hash if row is not None else ZERO_HASH,
         )
 
-    def _refuse_held(self, shown: Row | None, write: base.Write) -> None:
-        """A held deletion counts as done, though the log has not got to it."""
-        if shown is not None and shown.deleted:
-            raise base.ThreadNotFound(write.thread_id)
-
-    def _groups_of(self, row: Row | None, write: base.Write) -> GroupRow:
+    def _group_of(self, row: Row | None, write: base.Write) -> str:
         if row is not None:
-            return self._groups[row.group]
+            return row.group
         if write.create is None:
             raise base.ThreadNotFound(write.thread_id)
-        name = msgspec.json.decode(write.create.body, type=CreateBody).group
-        group = self._groups.get(name)
+        return msgspec.json.decode(write.create.body, type=CreateBody).group
+
+    def _held_group(self, name: str) -> GroupRow:
+        """The group's row, when this store may order its writes in this very transaction."""
+        group = self._cluster.rows.get(name)
         if group is None:
             raise base.Unavailable(f"no region of this cluster holds group {name!r}")
+        if group.holder != self._region:
+            raise base.NotHolder(group)
+        if name not in self._cluster.held:
+            # Checked here and not before: a write that was queued when the promise was given is fenced too.
+            raise base.Fenced(group.promised)
         return group
 
     def _apply(self, operation: base.ApplyDelta) -> Outcome:
         delta = operation.delta
-        group = self._groups.get(operation.group)
+        group = self._cluster.rows.get(operation.group)
         if group is None:
             return Refused(f"group {operation.group!r} is unknown here")
         if operation.epoch < group.promised:
             raise base.Fenced(group.promised)
+        recovery = self._cluster.unrecovered.get(delta.id)
+        if operation.group in self._cluster.held and recovery is None:
+            return Refused("this region orders the thread itself")
         n, row = self._row(delta.id)
         if row is not None and row.group != operation.group:
             return Refused(f"the thread belongs to group {row.group!r}, not {operation.group!r}")
-        plan = log.plan_apply(delta, row, _LogView(self._db, self._bodies, n))
+        view = _LogView(self._db, self._bodies, n)
+        plan = log.plan_apply(delta, row, view, epoch=operation.epoch, ordered=operation.ordered)
         answer = plan.answer
-        if plan.append and plan.row is not None:
+        if (plan.append or plan.cut is not None) and plan.row is not None:
             if plan.row.group != operation.group:
                 answer = Refused(f"the creation names group {plan.row.group!r}")
             else:
+                if plan.cut is not None:
+                    assert n is not None and row is not None
+                    self._cut(n, row, plan.cut, group.group, len(plan.append))
                 self._append(delta.id, n, row, plan.row, plan.append, replicate=False)
-        self._hold(delta, answer)
+                if plan.cut is not None:
+                    self._index_title(self._rows[delta.id][0], plan.row)
+        self._hold(delta.id, delta.access, answer)
+        if recovery is not None:
+            self._finish_recovery(recovery)
         return answer
 
-    def _hold(self, delta: base.ThreadDelta, answer: Applied | Gap | Diverged | Refused) -> None:
+    def _cut(self, n: int, row: Row, cut: int, group: str, followed_by: int) -> None:
+        """Save the entries behind `cut` and take them out of the log. What they deleted or narrowed stays so."""
+        tail = _LogView(self._db, self._bodies, n).span(cut + 1, row.v)
+        sqlite_rows.save(self._db, row.id, group, tail, self._now_us())
+        self._db.execute("DELETE FROM entries WHERE pos > ? AND pos <= ?", (place(n, cut), place(n, row.v)))
+        self._db.execute("DELETE FROM idempotency WHERE n = ? AND last_seq > ?", (n, cut))
+        self._db.executemany(
+            "DELETE FROM search WHERE rowid = ?", [(place(n, it.seq),) for it in tail if it.kind == "message"]
+        )
+        access = log.tail_access(row, tail)
+        if access is not None:
+            self._hold(row.id, access, None)
+        touched = self._touched.get(row.id)
+        if touched is None:
+            self._touched[row.id] = _Touched(n, row, row, cut + 1, False)
+        else:
+            touched.first_seq = min(touched.first_seq, cut + 1)
+        _logger.warning(
+            "entries that the holder's log lacks were saved",
+            extra={"fields": {"thread": row.id, "behind": cut, "saved": len(tail), "followed_by": followed_by}},
+        )
+
+    def _finish_recovery(self, recovery: base.Recovery) -> None:
+        """Once the log found by the election is here, whole, the thread is served again and sent to everyone."""
+        head = recovery.head
+        n, row = self._row(head.thread_id)
+        if row is None or n is None or _LogView(self._db, self._bodies, n).hash_at(head.v) != head.hash:
+            return
+        self._cluster.recovered(head.thread_id)
+        touched = self._touched.get(head.thread_id)
+        if touched is not None:
+            touched.replicate = True
+        else:
+            self._outbox.mark(n, want_v=row.v, had_v=row.v, at_us=self._now_us(), urgent=False)
+
+    def _hold(self, thread_id: str, access: Access | None, answer: Applied | Gap | Diverged | Refused | None) -> None:
         """Keep an access record that the log has not got to, so that it takes effect at once."""
-        access = delta.access
         if access is None or (isinstance(answer, Applied) and answer.v >= access.seq):
             return
-        known = self._holds.get(delta.id)
-        if known is not None and known.seq >= access.seq:
-            return
-        n, row = self._row(delta.id)
+        n, row = self._row(thread_id)
         if row is not None and log.has_caught_up(row, _LogView(self._db, self._bodies, n), access):
             return
-        self._holds[delta.id] = access
-        self._db.execute("INSERT OR REPLACE INTO access_holds VALUES(?, ?)", (delta.id, msgspec.msgpack.encode(access)))
-        if row is not None and n is not None and delta.id not in self._touched:
-            self._touched[delta.id] = _Touched(n, row, row, row.v, False)
+        known = self._holds.get(thread_id)
+        if known is not None and log.outranks(known, access):
+            return
+        self._holds[thread_id] = access
+        self._db.execute(
+            "INSERT OR REPLACE INTO access_holds VALUES(?, ?)", (thread_id, msgspec.msgpack.encode(access))
+        )
+        if row is not None and n is not None and thread_id not in self._touched:
+            self._touched[thread_id] = _Touched(n, row, row, row.v, False)
+
+    # ------------------------------------------------------------ what failovers leave behind
+
+    def _resubmit(self, operation: base.Resubmit) -> base.Resubmitted:
+        n, row = self._row(operation.thread_id)
+        group = self._held_group(row.group if row is not None else operation.group)
+        if operation.thread_id in self._cluster.unrecovered:
+            raise base.Recovering(operation.thread_id)
+        view = _LogView(self._db, self._bodies, n)
+        plan = log.plan_resubmit(
+            operation.thread_id, operation.entries, row, view, epoch=group.epoch, at_us=self._now_us()
+        )
+        if plan.append:
+            self._append(operation.thread_id, n, row, plan.row, plan.append, replicate=True)
+        written = Written(
+            row=plan.row,
+            version=plan.row.version,
+            entries=plan.append,
+            created=row is None,
+            narrowed=row is not None and log.narrows(row, plan.row),
+            base_v=row.v if row is not None else 0,
+            base_hash=row.head_hash if row is not None else ZERO_HASH,
+        )
+        return base.Resubmitted(written, plan.fates)
+
+    def _disown(self, operation: base.Disown) -> None:
+        """Save whole logs that the group's holder knows nothing of; they stay readable until theirs replace them."""
+        group = self._cluster.rows.get(operation.group)
+        if group is None or group.epoch != operation.epoch or group.promised != operation.epoch:
+            return  # said of an epoch that is over
+        for thread_id in operation.thread_ids:
+            n, row = self._row(thread_id)
+            if n is not None and row is not None and row.group == operation.group and row.epoch < operation.epoch:
+                whole = _LogView(self._db, self._bodies, n).span(1, row.v)
+                sqlite_rows.save(self._db, thread_id, operation.group, whole, self._now_us())
+
+    def _release(self, operation: base.Release) -> None:
+        for entry_id in operation.entry_ids:
+            self._db.execute("DELETE FROM saved WHERE thread_id = ? AND entry_id = ?", (operation.thread_id, entry_id))
+        for entry_id in operation.buried:
+            self._db.execute(
+                "UPDATE saved SET buried = 1 WHERE thread_id = ? AND entry_id = ?", (operation.thread_id, entry_id)
+            )
 
     def _append(
         self, thread_id: str, n: int | None, before: Row | None, row: Row, entries: Sequence[Entry], *,
@@ -264,16 +367,19 @@ class SqliteWriter:
         """Put titles and messages into the search index."""
         if row.internal:
             return
-        scope = sqlite_rows.owner_token(row.issuer, row.owner)
-        if row.team is not None:
-            scope += " " + sqlite_rows.team_token(row.issuer, row.team)
-        texts: list[tuple[int, str, str]] = []
-        for entry in entries:
-            if entry.kind == "message":
-                texts.append((place(n, entry.seq), scope, searchable(text_of(entry.body))))
-            elif entry.kind in ("create", "patch"):
-                texts.append((place(n, 0), scope, searchable(row.title)))
-        self._db.executemany("INSERT OR REPLACE INTO search(rowid, scope, text) VALUES(?, ?, ?)", texts)
+        scope = _scope(row)
+        texts = [
+            (place(n, entry.seq), scope, searchable(text_of(entry.body)))
+            for entry in entries
+            if entry.kind == "message"
+        ]
+        self._db.executemany(_INDEX_TEXT, texts)
+        if any(entry.kind in ("create", "patch") for entry in entries):
+            self._index_title(n, row)
+
+    def _index_title(self, n: int, row: Row) -> None:
+        if not row.internal:
+            self._db.execute(_INDEX_TEXT, (place(n, 0), _scope(row), searchable(row.title)))
 
     # ------------------------------------------------------------ what a batch gathers
 
@@ -292,18 +398,21 @@ class SqliteWriter:
             hidden = shown.deleted or row.internal
             shared = not hidden and row.team is not None and shown.visibility != "private"
             held = msgspec.msgpack.encode(hold) if hold is not None else None
-            self._db.execute(_UPSERT_ROW, (n, *sqlite_rows.row_values(row), held, int(hidden), int(shared)))
+            bucket = log.bucket_of(thread_id)
+            self._db.execute(_UPSERT_ROW, (n, *sqlite_rows.row_values(row), held, int(hidden), int(shared), bucket))
             self._position += 1
             self._db.execute("INSERT INTO changes VALUES(?, ?, ?, ?)", (self._position, n, touched.first_seq, row.v))
             self.changes.append(sqlite_rows.change_of(shown, self._position, touched.first_seq, row.v))
             if touched.replicate:
-                acked_v = before.v if before is not None else 0
-                narrowed = before is not None and log.narrows(before, row)
-                mark = _MARK_OUTBOX_URGENT if narrowed else _MARK_OUTBOX
-                for target in self._targets:
-                    self._db.execute(mark, (target, n, row.v, acked_v, at_us))
-            bucket = (row.group, log.bucket_of(thread_id))
-            digests[bucket] = digests.get(bucket, 0) ^ log.row_digest(before) ^ log.row_digest(row)
+                self._outbox.mark(
+                    n,
+                    want_v=row.v,
+                    had_v=before.v if before is not None else 0,
+                    at_us=at_us,
+                    urgent=before is not None and log.narrows(before, row),
+                )
+            place_ = (row.group, bucket)
+            digests[place_] = digests.get(place_, 0) ^ log.row_digest(before) ^ log.row_digest(row)
         for (group, bucket), change in digests.items():
             self._change_digest(group, bucket, change)
         self._touched.clear()
@@ -320,61 +429,41 @@ class SqliteWriter:
     # ------------------------------------------------------------ outbox, peers, groups, housekeeping
 
     def _acknowledge(self, operation: base.Acknowledge) -> None:
-        for thread_id, v in operation.threads:
+        for thread_id, v, digest in operation.threads:
             n, row = self._row(thread_id)
             if n is None or row is None or v > row.v:
                 continue
-            self._db.execute(
-                "UPDATE outbox SET acked_v = max(acked_v, ?), attempts = 0, last_error = NULL, parked = 0, "
-                "next_at = 0 WHERE target = ? AND n = ?",
-                (v, operation.target, n),
-            )
-            self._db.execute("DELETE FROM outbox WHERE target = ? AND n = ? AND want_v <= ?", (operation.target, n, v))
+            ours = row.head_hash if v == row.v else _LogView(self._db, self._bodies, n).hash_at(v)
+            if v == 0 or ours == digest:
+                self._outbox.acknowledge(operation.target, n, v)
 
-    def _postpone(self, operation: base.Postpone) -> None:
-        n, _ = self._row(operation.thread_id)
-        self._db.execute(
-            "UPDATE outbox SET attempts = attempts + 1, next_at = ?, parked = ?, last_error = ? "
-            "WHERE target = ? AND n = ?",
-            (operation.next_at, int(operation.parked), operation.error[:500], operation.target, n),
-        )
+    def _offer(self, operation: base.Offer) -> None:
+        if operation.group in self._cluster.held:
+            self._outbox.offer(operation.target, self._numbers(operation.thread_ids))
 
-    def _unpark(self, operation: base.Unpark) -> int:
-        where, values = ("", ()) if operation.target is None else (" AND target = ?", (operation.target,))
-        self._db.execute(f"UPDATE outbox SET parked = 0, attempts = 0, next_at = 0 WHERE parked = 1{where}", values)
-        return self._db.changes()
+    def _numbers(self, thread_ids: Iterable[str]) -> list[tuple[int, int]]:
+        """(number, v) of the threads that are here."""
+        found = [self._row(thread_id) for thread_id in thread_ids]
+        return [(n, row.v) for n, row in found if n is not None and row is not None]
 
-    def _meet(self, operation: base.MeetPeer) -> None:
-        """A peer with another disk may lack anything: offer it every thread this region orders.
-
-        The offer is an outbox row with nothing to send (acked_v = want_v); the peer's answer says where
-        to begin, so threads that it has cost one hash each.
-        """
-        found = self._db.execute("SELECT incarnation FROM peers WHERE region = ?", (operation.region,)).fetchone()
-        if found is not None and found[0] == operation.incarnation:
-            return
-        self._db.execute("INSERT OR REPLACE INTO peers VALUES(?, ?)", (operation.region, operation.incarnation))
-        if operation.region not in self._targets:
-            return
-        for group in self._groups.values():
-            if group.holder == self._region:
-                self._db.execute(
-                    "INSERT INTO outbox(target, n, want_v, acked_v, since_us) "
-                    "SELECT ?, n, v, v, ? FROM threads WHERE grp = ? "
-                    "ON CONFLICT(target, n) DO UPDATE SET parked = 0, next_at = 0",
-                    (operation.region, self._now_us(), group.group),
-                )
+    def _win(self, operation: base.Win) -> None:
+        self._cluster.win(operation)
+        self._outbox.forget_group(operation.group)
+        for target, thread_ids in operation.offers:
+            if thread_ids is None:
+                self._outbox.offer_group(target, operation.group)
+            else:
+                self._outbox.offer(target, self._numbers(thread_ids))
 
     def _adopt(self, group: GroupRow) -> None:
-        known = self._groups.get(group.group)
-        if known is not None and known.epoch >= group.epoch:
-            return
-        promised = max(group.epoch, known.promised if known is not None else 0)
-        self._db.execute(
-            "INSERT OR REPLACE INTO groups VALUES(?, ?, ?, ?)",
-            (group.group, group.epoch, group.holder, promised),
-        )
-        self._groups = self._groups | {group.group: msgspec.structs.replace(group, promised=promised)}
+        if self._cluster.adopt(group):
+            self._outbox.forget_group(group.group)
+
+    def _meet(self, operation: base.MeetPeer) -> None:
+        """A peer with another disk may lack anything: offer it every thread this region orders."""
+        if self._cluster.meet(operation.region, operation.incarnation):
+            for group in sorted(self._cluster.held):
+                self._outbox.offer_group(operation.region, group)
 
     def _trim(self, operation: base.Trim) -> None:
         self._db.execute("DELETE FROM idempotency WHERE at_us < ?", (operation.keys_before_us,))
@@ -387,10 +476,7 @@ class SqliteWriter:
 
     def _load(self) -> None:
         """Read what is kept in memory: at the start, and again after a rollback."""
-        self._groups = {
-            cast(str, row[0]): GroupRow(*cast(tuple[str, int, str, int], row))
-            for row in self._db.execute("SELECT grp, epoch, holder, promised FROM groups")
-        }
+        self._cluster = SqliteCluster(self._db, self._region)
         self._holds = {
             cast(str, thread_id): msgspec.msgpack.decode(cast(bytes, access), type=Access)
             for thread_id, access in self._db.execute("SELECT thread_id, access FROM access_holds")
@@ -434,6 +520,22 @@ class _LogView:
             return None
         found = self._db.execute("SELECT hash FROM entries WHERE pos = ?", (place(self._n, seq),)).fetchone()
         return None if found is None else cast(bytes, found[0])
+
+    def span(self, first: int, last: int) -> list[Entry]:
+        if self._n is None:
+            return []
+        return sqlite_rows.entries_between(self._db, self._bodies, self._n, first, last)
+
+    def patches(self) -> list[Entry]:
+        if self._n is None:
+            return []
+        return sqlite_rows.entries_between(self._db, self._bodies, self._n, 1, SEQ_MASK, kind="patch")
+
+
+def _scope(row: Row) -> str:
+    """Tokens of those in whose listings a thread may be found."""
+    owner = sqlite_rows.owner_token(row.issuer, row.owner)
+    return owner if row.team is None else f"{owner} {sqlite_rows.team_token(row.issuer, row.team)}"
 
 
 def _translate(error: Exception) -> StoreError:

@@ -114,7 +114,7 @@ class World:
     async def deliver(self, target: str, operation: Operation) -> None:
         outcome = await self.commit(target, operation)
         if isinstance(operation, ApplyDelta) and isinstance(outcome, Applied):
-            self.under_way.append((HOLDER, Acknowledge(target, ((operation.delta.id, outcome.v),))))
+            self.under_way.append((HOLDER, Acknowledge(target, ((operation.delta.id, outcome.v, outcome.hash),))))
         else:
             assert outcome is None or isinstance(outcome, Gap), outcome
         self.outcomes[type(outcome)] += 1
@@ -142,7 +142,7 @@ class World:
                             target, received(await delta_from(self.engines[HOLDER], row.thread_id, after))
                         )
                     assert isinstance(outcome, Applied)
-                    await self.commit(HOLDER, Acknowledge(target, ((row.thread_id, outcome.v),)))
+                    await self.commit(HOLDER, Acknowledge(target, ((row.thread_id, outcome.v, outcome.hash),)))
                 rounds += 1
                 assert rounds < 10, "the outbox does not drain"
 

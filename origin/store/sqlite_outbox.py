@@ -1,0 +1,84 @@
+"""What the SQLite engine owes to other regions: one row for each (target, thread), never for each write.
+
+A row says how far a target should get and where to go on; what to send is read from the log when it is sent.
+An offered row claims nothing of what the target has, only where to begin asking. Runs inside the serial
+writer's transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+import apsw
+
+from origin.store import base
+
+ERROR_CHARS_MAX: Final = 500
+_MARK: Final = (
+    "INSERT INTO outbox(target, n, want_v, acked_v, since_us) VALUES(?, ?, ?, ?, ?) "
+    "ON CONFLICT(target, n) DO UPDATE SET want_v = excluded.want_v"
+)
+_MARK_URGENT: Final = f"{_MARK}, parked = 0, next_at = 0"
+"""A deletion or narrowing must reach targets that park the thread too."""
+_OFFER: Final = "INSERT INTO outbox(target, n, want_v, acked_v, since_us, offered)"
+_OFFERED: Final = (
+    "ON CONFLICT(target, n) DO UPDATE SET want_v = excluded.want_v, offered = 1, parked = 0, attempts = 0, next_at = 0"
+)
+
+
+class SqliteOutbox:
+    """The outbox table of one writing connection; a target that isn't one of `targets` is owed nothing."""
+
+    def __init__(self, connection: apsw.Connection, targets: Sequence[str], now_us: Callable[[], int]) -> None:
+        self._db = connection
+        self._targets = tuple(targets)
+        self._now_us = now_us
+
+    def mark(self, n: int, *, want_v: int, had_v: int, at_us: int, urgent: bool) -> None:
+        """Owe a thread up to `want_v` to every target; one that was owed nothing is sent what lies behind `had_v`."""
+        for target in self._targets:
+            self._db.execute(_MARK_URGENT if urgent else _MARK, (target, n, want_v, had_v, at_us))
+
+    def offer_group(self, target: str, group: str) -> None:
+        """Offer `target` every thread of the group: a row with nothing to send, whose answer says where to begin,
+        so threads that it has cost one hash each."""
+        if target in self._targets:
+            self._db.execute(
+                f"{_OFFER} SELECT ?, n, v, v, ?, 1 FROM threads WHERE grp = ? {_OFFERED}",
+                (target, self._now_us(), group),
+            )
+
+    def offer(self, target: str, threads: Iterable[tuple[int, int]]) -> None:
+        """The same for some threads: (number, v) each."""
+        if target in self._targets:
+            now_us = self._now_us()
+            self._db.executemany(
+                f"{_OFFER} VALUES(?, ?, ?, ?, ?, 1) {_OFFERED}",
+                [(target, n, v, v, now_us) for n, v in threads],
+            )
+
+    def forget_group(self, group: str) -> None:
+        """What was owed for a group is its new holder's to send."""
+        self._db.execute("DELETE FROM outbox WHERE n IN (SELECT n FROM threads WHERE grp = ?)", (group,))
+
+    def acknowledge(self, target: str, n: int, v: int) -> None:
+        self._db.execute(
+            "UPDATE outbox SET acked_v = CASE offered WHEN 1 THEN ? ELSE max(acked_v, ?) END, offered = 0, "
+            "attempts = 0, last_error = NULL, parked = 0, next_at = 0 WHERE target = ? AND n = ?",
+            (v, v, target, n),
+        )
+        self._db.execute("DELETE FROM outbox WHERE target = ? AND n = ? AND want_v <= ?", (target, n, v))
+
+    def postpone(self, n: int | None, operation: base.Postpone) -> None:
+        self._db.execute(
+            "UPDATE outbox SET attempts = attempts + 1, next_at = ?, parked = ?, last_error = ? "
+            "WHERE target = ? AND n = ?",
+            (operation.next_at, int(operation.parked), operation.error[:ERROR_CHARS_MAX], operation.target, n),
+        )
+
+    def unpark(self, target: str | None) -> int:
+        """Make parked rows due again, of every target when None; how many there were."""
+        where, values = ("", ()) if target is None else (" AND target = ?", (target,))
+        self._db.execute(f"UPDATE outbox SET parked = 0, attempts = 0, next_at = 0 WHERE parked = 1{where}", values)
+        return self._db.changes()
