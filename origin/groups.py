@@ -113,6 +113,8 @@ class Cluster:
         self.standing: Standing = "virgin"
         self.founders: Mapping[str, str] = {}
         self.peers: Mapping[str, str] = {}
+        self.replaced: frozenset[str] = frozenset()
+        """Peers known by more than one incarnation."""
         self.unrecovered: Mapping[str, Recovery] = {}
         self.states: Mapping[str, GroupState] = {state.row.group: state for state in states}
         self.rows: Mapping[str, GroupRow] = {}
@@ -122,7 +124,14 @@ class Cluster:
 
     def view(self) -> ClusterView:
         return ClusterView(
-            self.rows, self.held, self.unrecovered, self.peers, self.standing, self.founders, self.incarnation
+            self.rows,
+            self.held,
+            self.unrecovered,
+            self.peers,
+            self.replaced,
+            self.standing,
+            self.founders,
+            self.incarnation,
         )
 
     def _index(self) -> None:
@@ -178,6 +187,8 @@ class Cluster:
         """False when this incarnation, or a newer one, was known."""
         if self.peers.get(region, "") >= incarnation:
             return False
+        if region in self.peers:
+            self.replaced |= {region}
         self.peers = {**self.peers, region: incarnation}
         self.keep_peer(region, incarnation)
         return True
@@ -213,6 +224,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     held: frozenset[str]
     unrecovered: Mapping[str, Recovery]
     peers: Mapping[str, str]
+    replaced: frozenset[str]
     standing: Standing
     founders: Mapping[str, str]
     incarnation: str

@@ -423,6 +423,11 @@ def plan_resubmit(
         fates.append((entry.id, "appended"))
     if row is None:
         raise ThreadNotFound(thread_id)
+    if row.epoch < epoch:
+        # Nothing to add, yet what is there has to be confirmed in this epoch before it may be let go of.
+        mark = term_entry(row, epoch, at_us)
+        append.append(mark)
+        row = fold(row, thread_id, mark)
     if before is not None and before.v + len(append) > ENTRIES_PER_THREAD_MAX:
         raise ThreadFull(f"a thread holds at most {ENTRIES_PER_THREAD_MAX} entries")
     return ResubmitPlan(row, tuple(append), tuple(fates))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
 
 import msgspec
 from aiohttp import web
@@ -25,12 +26,15 @@ from origin.problems import translate
 from origin.store.sqlite import SqliteStore
 from origin.thread import Row
 from regions.coordinator import CoordinatorLimits
+from regions.failover import FailoverLimits
 from regions.metrics import add_region_metrics
 from regions.node import Node, NodeLimits, open_node
 from regions.peer_api import PeerApi
 from regions.peer_client import HttpPeers
 from regions.replication_target import ReplicationLimits
 from regions.topology import Topology
+
+LEASE_HEARTBEATS: Final = 3
 
 
 class Region(msgspec.Struct):
@@ -78,17 +82,13 @@ async def open_region(
             )
         )
         peer_api = PeerApi(
-            topology=topology,
-            log=store,
-            writer=node.writer,
-            service=node.service,
-            replicator=node.replicator,
-            feed=node.feed,
-            signer=signer,
-            verifier=verifier,
-            lifecycle=lifecycle,
-            pool_statistics=store.pool_statistics,
+            node, signer=signer, verifier=verifier, lifecycle=lifecycle, pool_statistics=store.pool_statistics
         )
+
+        async def joined() -> str | None:
+            return None if store.standing == "voter" else f"has yet to join its cluster: {node.joining.reason}"
+
+        lifecycle.add_check("joined", joined)
         yield Region(store, node, peers, peer_api, verifier)
 
 
@@ -104,6 +104,12 @@ def node_limits(settings: Settings) -> NodeLimits:
             batch_bytes_max=settings.sync.batch_bytes_max,
             requests_in_flight=settings.sync.requests_in_flight,
             heartbeat_s=settings.sync.heartbeat_s,
+        ),
+        failover=FailoverLimits(
+            mode=settings.sync.failover,
+            after_s=settings.sync.failover_after_s,
+            lease_s=LEASE_HEARTBEATS * settings.sync.heartbeat_s,
+            check_s=min(0.2, settings.sync.heartbeat_s / 5),
         ),
         queue_max=settings.store.queue_max,
         queue_deadline_s=settings.store.queue_deadline_s,

@@ -50,9 +50,7 @@ class Claims:
         Raises Unavailable when a majority or the holder of the claims can't be reached; then nothing may be
         created under that id.
         """
-        known = await self._log.find(claims_thread(thread_id), thread_id)
-        if known is not None:
-            return msgspec.json.decode(known.body, type=ClaimBody)
+        # Not answered from the copy here: a claim counts once a majority has it, and only its holder knows that.
         waiting = self._waiting.get(thread_id)
         if waiting is None:
             future: asyncio.Future[ClaimBody] = asyncio.get_running_loop().create_future()

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -26,6 +27,7 @@ from origin.store.base import (
     LOCAL,
     Applied,
     Durability,
+    Fate,
     Freshness,
     GroupRow,
     Listing,
@@ -41,8 +43,10 @@ from origin.store.base import (
     Write,
     Written,
 )
-from origin.thread import ClaimBody, CreateBody, Entry, encode
+from origin.thread import ClaimBody, CreateBody, Entry, Row, encode
+from regions.adoption import FETCH_BYTES_MAX, FETCH_SECONDS_MAX
 from regions.claims import Claims
+from regions.failover import Failover
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import (
     HOPS_MAX,
@@ -56,13 +60,17 @@ from regions.peer_wire import (
 from regions.replicator import Replicator
 from regions.topology import CONFIG_VERSION, Topology
 
-FETCH_BYTES_MAX: Final = 4 * 1024 * 1024
-FETCH_SECONDS_MAX: Final = 5.0
+PAUSE_S: Final = 0.02
+"""Between two looks at who holds a group, while it moves."""
 BEHIND_WAIT_S: Final = 0.05
 KNOWN_GROUPS_MAX: Final = 65_536
 FORWARD_ATTEMPTS: Final = 3
 
 _logger = logging.getLogger(__name__)
+
+
+class _Overtaken(OutcomeUnknown):
+    """The group moved while others were asked to confirm a write."""
 
 
 class LocalStore(ThreadStore, Protocol):
@@ -89,6 +97,7 @@ class Coordinator:
         local: LocalStore,
         log: ReplicaLog,
         replicator: Replicator,
+        failover: Failover,
         transport: PeerTransport,
         clock: Clock,
         rng: random.Random,
@@ -98,6 +107,7 @@ class Coordinator:
         self._local = local
         self._log = log
         self._replicator = replicator
+        self._failover = failover
         self._transport = transport
         self._clock = clock
         self._rng = rng
@@ -111,7 +121,13 @@ class Coordinator:
 
     # ------------------------------------------------------------ writing
 
+    def _require_joined(self) -> None:
+        """A region with a new disk serves nobody before it knows what its cluster knows."""
+        if self._log.standing != "voter":
+            raise Unavailable(f"region {self._topology.region} has yet to join its cluster")
+
     async def write(self, write: Write) -> Written:
+        self._require_joined()
         if write.idempotency is not None:
             replayed = await self._log.replay(write.actor, write.idempotency)
             if replayed is not None:
@@ -141,25 +157,61 @@ class Coordinator:
     async def write_here(self, write: Write) -> Written:
         """A write to a group that this region holds, at the durability it asks for."""
         level = self._level(write)
-        others = self._topology.majority - 1 if level == "quorum" else len(self._topology.peers)
         if level != "region":
-            self._require_reachable(level, others)
+            self._require_reachable(level, self._others(level))
+            write = msgspec.structs.replace(write, durability=level)
         written = await self._local.submit(write)
         assert isinstance(written, Written)
+        group = written.row.group
         if level != "region":
-            held = await self._replicator.confirmations(
-                write.thread_id,
-                written.version.v,
-                enough=lambda confirmed: len(confirmed) >= others,
-                seconds_max=self._limits.write_seconds_max,
-            )
-            if len(held) < others:
-                raise OutcomeUnknown(
-                    f"durable in {1 + len(held)} regions, {1 + others} were asked for; retry with the same ids"
-                )
+            await self._await_others(written.row, written.version.v, self._others(level))
+        if self._failover.needs_lease and not self._failover.has_lease(group):
+            raise OutcomeUnknown(f"another region may hold group {group} by now; retry with the same ids")
         if written.narrowed and self._topology.peers:
             return await self._await_narrowing(write.thread_id, written)
         return written
+
+    def _others(self, level: str) -> int:
+        """How many other regions have to hold what is acknowledged at that level."""
+        return self._topology.majority - 1 if level == "quorum" else len(self._topology.peers)
+
+    async def _await_others(self, row: Row, v: int, others: int) -> None:
+        """Return when so many other regions hold the thread up to `v`, and this one still holds the group.
+
+        Only answers of this epoch count, and only through an entry of it: older entries that a majority happens
+        to have can still be replaced by an election that does not see them (Raft, figure 8).
+        """
+        epoch, start = row.epochs[-1]
+        held = await self._replicator.confirmations(
+            row.group,
+            row.id,
+            max(v, start),
+            enough=lambda confirmed: len(confirmed) >= others,
+            seconds_max=self._limits.write_seconds_max,
+        )
+        # What is owed is forgotten when the group moves, which looks like having been delivered.
+        still = self._log.is_holder(row.group) and self._log.groups[row.group].epoch == epoch
+        if not still:
+            raise _Overtaken(f"another region took group {row.group} over; retry with the same ids")
+        if len(held) < others:
+            raise OutcomeUnknown(
+                f"durable in {1 + len(held)} regions, {1 + others} were asked for; retry with the same ids"
+            )
+
+    async def resubmit_here(self, operation: base.Resubmit) -> Sequence[tuple[str, Fate]]:
+        """Entries saved from an older epoch, for a group that this region holds; answered once a majority has
+        them."""
+        others = self._others("quorum")
+        self._require_reachable("quorum", others)
+        try:
+            outcome = await self._local.submit(operation)
+        except base.Recovering:
+            await self._failover.recover(operation.thread_id)
+            outcome = await self._local.submit(operation)
+        assert isinstance(outcome, base.Resubmitted)
+        if others:
+            await self._await_others(outcome.written.row, outcome.written.row.v, others)
+        return outcome.fates
 
     def _level(self, write: Write) -> Durability:
         return write.durability or self._limits.durability
@@ -176,6 +228,7 @@ class Coordinator:
         """A deletion or narrower visibility is answered when every reachable region applied it, or late."""
         reachable = self._replicator.reachable()
         held = await self._replicator.confirmations(
+            written.row.group,
             thread_id,
             written.version.v,
             enough=lambda confirmed: confirmed >= reachable,
@@ -185,19 +238,47 @@ class Coordinator:
         return msgspec.structs.replace(written, pending=pending)
 
     async def _write_in(self, group: str, write: Write, *, hops: int) -> Written:
+        """Write where the group's holder is. While the group moves, wait for who it will be."""
+        deadline = self._clock.monotonic() + self._limits.write_seconds_max
         while True:
             row = self._log.groups.get(group)
             if row is None:
                 raise Unavailable(f"no region of this cluster holds group {group!r}")
-            if row.holder == self._topology.region:
-                return await self.write_here(write)
-            if hops >= HOPS_MAX:
-                raise base.NotHolder(row)
-            hops += 1
             try:
-                return await self._forward(row, write, hops)
+                if row.holder == self._topology.region:
+                    self._require_own_lease(group)
+                    return await self.write_here(write)
+                if hops >= HOPS_MAX:
+                    raise base.NotHolder(row)
+                return await self._forward(row, write, hops + 1)
             except base.NotHolder as error:
-                await self._local.submit(base.AdoptGroup(error.group))
+                if hops >= HOPS_MAX:
+                    raise
+                reason: base.StoreError = error
+                if error.group.epoch > row.epoch:
+                    await self._local.submit(base.AdoptGroup(error.group))
+                    continue
+            except _Overtaken as error:
+                # The new holder may have adopted it or not. What it recognises by its ids can be written again.
+                if write.mode == "create" or write.delete is not None:
+                    raise
+                if hops >= HOPS_MAX:
+                    raise base.NotHolder(self._log.groups[group]) from error
+                reason = error
+            except base.Fenced as error:
+                reason = error
+            except base.Recovering as error:
+                reason = error
+                if row.holder == self._topology.region:
+                    await self._failover.recover(write.thread_id)
+                    continue
+            if self._clock.monotonic() >= deadline:
+                raise Unavailable(f"group {group} is moving to another region: {reason}") from reason
+            await self._clock.sleep(PAUSE_S * self._rng.uniform(0.5, 1.5))
+
+    def _require_own_lease(self, group: str) -> None:
+        if self._failover.needs_lease and self._log.is_holder(group) and not self._failover.has_lease(group):
+            raise Unavailable(f"this region can't know now whether it still holds group {group}")
 
     async def _forward(self, group: GroupRow, write: Write, hops: int) -> Written:
         """Have the holder write, and apply what it answers before anyone is told."""
@@ -318,6 +399,7 @@ class Coordinator:
         limit: int = 1_000,
         freshness: Freshness = LOCAL,
     ) -> ThreadPage:
+        self._require_joined()
         if freshness.consistency == "origin":
             await self._catch_up(thread_id)
         local = Freshness(min_version=freshness.min_version)
@@ -337,6 +419,7 @@ class Coordinator:
         return await self._local.read(thread_id, actor, after=after, limit=limit, freshness=local)
 
     async def log(self, thread_id: str, actor: Principal | None, after: int, limit: int) -> LogSlice:
+        self._require_joined()
         try:
             return await self._local.log(thread_id, actor, after, limit)
         except ThreadNotFound:
@@ -345,10 +428,26 @@ class Coordinator:
         return await self._local.log(thread_id, actor, after, limit)
 
     async def list(self, query: ListQuery) -> Listing:
-        if query.consistency == "origin":
-            holders = {group.holder for group in self._log.groups.values()} - {self._topology.region}
-            await asyncio.gather(*(self._settle(holder) for holder in holders))
-        return await self._local.list(query)
+        self._require_joined()
+        if query.consistency != "origin":
+            return await self._local.list(query)
+        groups = self._log.groups
+        for group in sorted(group for group, row in groups.items() if row.holder == self._topology.region):
+            for thread_id in sorted(id_ for id_, it in self._log.unrecovered.items() if it.group == group):
+                await self._failover.recover(thread_id)
+        holders = sorted({row.holder for row in groups.values()} - {self._topology.region})
+        await asyncio.gather(*(self._settle(holder) for holder in holders))
+        listing = await self._local.list(query)
+        for group, row in groups.items():
+            if row.holder == self._topology.region:
+                self.require_lease(group)
+        return listing
+
+    def require_lease(self, group: str) -> None:
+        """Raise Unavailable unless this region is sure that nobody else has become the group's holder: asked
+        after the reading, it makes an answer final."""
+        if not self._failover.has_lease(group):
+            raise Unavailable(f"this region can't know now whether it still holds group {group}")
 
     async def _settle(self, holder: str) -> None:
         """Wait until all that `holder` has committed by now is here."""
@@ -382,32 +481,33 @@ class Coordinator:
         if known is None:
             raise ThreadNotFound(thread_id)
         if known.holder == self._topology.region:
-            if await self._log.row(thread_id) is None:
+            await self._failover.recover(thread_id)
+            absent = await self._log.row(thread_id) is None
+            self.require_lease(group)
+            if absent:
                 raise ThreadNotFound(thread_id)
             return
         try:
-            await self._fetch_from(thread_id, known.holder)
-        except (PeerUnreachable, PeerRefused) as error:
+            await self._fetch_from(thread_id, known.holder, final_for=group)
+        except (PeerUnreachable, PeerRefused, Unavailable, base.NotHolder, base.Recovering) as error:
             if await self._log.row(thread_id) is not None:
-                raise Unavailable(f"the region that orders this thread is out of reach: {error}") from error
+                raise Unavailable(f"the region that orders this thread can't answer now: {error}") from error
             await self._fetch_from_others(thread_id, known.holder, error)
 
     async def _fetch_from_others(self, thread_id: str, holder: str, cause: Exception) -> None:
         """The holder is away and nothing is here: whoever has the thread will do, nobody's denial is final."""
         others = [region for region in self._topology.peers if region != holder]
-        results = await asyncio.gather(
-            *(self._fetch_from(thread_id, region) for region in others), return_exceptions=True
-        )
-        if not any(result is None for result in results):
+        await asyncio.gather(*(self._fetch_from(thread_id, region) for region in others), return_exceptions=True)
+        if await self._log.row(thread_id) is None:
             raise Unavailable(f"whether the thread exists can't be known now: {cause}")
 
-    async def _fetch_from(self, thread_id: str, region: str) -> None:
+    async def _fetch_from(self, thread_id: str, region: str, *, final_for: str = "") -> None:
         while True:
             row = await self._log.row(thread_id)
-            if not await self._fetch_once(thread_id, region, row.v if row is not None else 0):
+            if not await self._fetch_once(thread_id, region, row.v if row is not None else 0, final_for):
                 return
 
-    async def _fetch_once(self, thread_id: str, region: str, after: int) -> bool:
+    async def _fetch_once(self, thread_id: str, region: str, after: int, final_for: str = "") -> bool:
         """Fetch and apply one part behind `after`; True when there is more to fetch."""
         message = Fetch(
             config_version=CONFIG_VERSION,
@@ -416,6 +516,7 @@ class Coordinator:
             thread_id=thread_id,
             after=after,
             bytes_max=FETCH_BYTES_MAX,
+            final_for=final_for,
         )
         answer = await self._transport.call(region, "/peer/fetch", message, FetchAnswer, seconds_max=FETCH_SECONDS_MAX)
         if answer.slice is None or answer.group is None:
@@ -425,16 +526,23 @@ class Coordinator:
         return applied and bool(part.entries) and part.entries[-1].seq < part.row.v
 
     async def _apply(self, part: LogSlice, group: GroupRow, source: str) -> bool:
-        """Apply fetched entries through the replicate road; False when they do not fit here."""
+        """Apply fetched entries through the replicate road; False when they do not fit here.
+
+        Only what its holder sends says what a log does not hold: a follower may just be behind.
+        """
         if not part.entries:
             return False
         known = self._log.groups.get(group.group)
         if known is None or known.epoch < group.epoch:
             await self._local.submit(base.AdoptGroup(group))
         delta = ThreadDelta(part.row.id, part.base_v, part.base_hash, part.entries, part.row.v)
-        answer = await self._local.submit(base.ApplyDelta(group.group, group.epoch, source, delta))
+        operation = base.ApplyDelta(group.group, group.epoch, source, delta, ordered=group.holder == source)
+        try:
+            answer = await self._local.submit(operation)
+        except base.Fenced as error:
+            answer = error
         if not isinstance(answer, Applied):
-            _logger.warning(
+            _logger.info(
                 "entries fetched from %s do not fit here",
                 source,
                 extra={"fields": {"thread": part.row.id, "answer": str(answer)}},

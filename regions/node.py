@@ -1,9 +1,8 @@
 """One region's working parts around a store and a network, whatever these two are.
 
-Writer, feed, replicator, coordinator and peer service are put together here once: the region server gives them
-SQLite and HTTP, the tests a network that can be cut, the simulation virtual time. They start in the order in
-which they need each other and stop in the reverse one, so that what was taken is flushed before the store's
-owner closes it.
+They are put together here once: the region server gives them SQLite and HTTP, the tests a network that can be
+cut, the simulation virtual time. They start in the order in which they need each other and stop in the reverse
+one, so that what was taken is flushed before the store's owner closes it.
 """
 
 from __future__ import annotations
@@ -21,11 +20,16 @@ from infra.clock import Clock
 from origin.feed import Feed
 from origin.store import base
 from origin.writer import QUEUE_DEADLINE_S, QUEUE_MAX, BatchedWriter, Engine
+from regions.adoption import Adopter
 from regions.coordinator import Coordinator, CoordinatorLimits
+from regions.failover import Failover, FailoverLimits
+from regions.joining import Joining
 from regions.peer_client import PeerTransport
 from regions.peer_service import PeerService
+from regions.repair import EVERY_S, Repair
 from regions.replication_target import ReplicationLimits
 from regions.replicator import Replicator
+from regions.tails import Tails
 from regions.topology import Topology
 
 TRIM_SECONDS: Final = 60.0
@@ -40,6 +44,8 @@ class NodeLimits(msgspec.Struct, frozen=True):
 
     coordinator: CoordinatorLimits = CoordinatorLimits()
     replication: ReplicationLimits = ReplicationLimits()
+    failover: FailoverLimits = FailoverLimits()
+    repair_every_s: float = EVERY_S
     queue_max: int = QUEUE_MAX
     queue_deadline_s: float = QUEUE_DEADLINE_S
     feed_rows_max: int = 1_000_000
@@ -53,6 +59,10 @@ class Node(msgspec.Struct):
     writer: BatchedWriter
     feed: Feed
     replicator: Replicator
+    failover: Failover
+    joining: Joining
+    repair: Repair
+    tails: Tails
     coordinator: Coordinator
     service: PeerService
 
@@ -92,25 +102,74 @@ async def open_node(
             feed.notify()
 
         writer.on_commit.append(committed)
-        await replicator.start()
-        stack.push_async_callback(replicator.close)
+        adopter = Adopter(topology=topology, log=engine, submit=writer.submit, transport=transport)
+        failover = Failover(
+            topology=topology,
+            log=engine,
+            submit=writer.submit,
+            replicator=replicator,
+            transport=transport,
+            adopter=adopter,
+            clock=clock,
+            rng=rng,
+            limits=limits.failover,
+        )
+        repair = Repair(
+            topology=topology,
+            log=engine,
+            submit=writer.submit,
+            replicator=replicator,
+            transport=transport,
+            clock=clock,
+            rng=rng,
+            every_s=limits.repair_every_s,
+        )
         coordinator = Coordinator(
             topology=topology,
             local=writer,
             log=engine,
             replicator=replicator,
+            failover=failover,
             transport=transport,
             clock=clock,
             rng=rng,
             limits=limits.coordinator,
         )
         stack.push_async_callback(coordinator.close)
-        service = PeerService(
-            topology=topology, log=engine, writer=writer, coordinator=coordinator, replicator=replicator, feed=feed
+        tails = Tails(
+            topology=topology,
+            log=engine,
+            submit=writer.submit,
+            transport=transport,
+            resubmit_here=coordinator.resubmit_here,
+            clock=clock,
+            rng=rng,
         )
+        joining = Joining(
+            topology=topology,
+            log=engine,
+            submit=writer.submit,
+            transport=transport,
+            adopter=adopter,
+            clock=clock,
+            rng=rng,
+        )
+        service = PeerService(
+            topology=topology,
+            log=engine,
+            writer=writer,
+            coordinator=coordinator,
+            replicator=replicator,
+            failover=failover,
+            repair=repair,
+            feed=feed,
+        )
+        for part in (replicator, joining, failover, repair, tails):
+            await part.start()
+            stack.push_async_callback(part.close)
         trim = asyncio.create_task(_trim(writer, limits.feed_rows_max, clock), name="trim")
         stack.push_async_callback(_cancel, trim)
-        yield Node(topology, engine, writer, feed, replicator, coordinator, service)
+        yield Node(topology, engine, writer, feed, replicator, failover, joining, repair, tails, coordinator, service)
 
 
 async def _trim(writer: BatchedWriter, feed_rows_max: int, clock: Clock) -> None:

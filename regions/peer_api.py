@@ -7,9 +7,10 @@ answer carries a token that proves who gave it. Messages are `regions.peer_wire`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -28,16 +29,35 @@ from infra.pool import PoolStatistics
 from infra.problem import Problem, problem_response
 from infra.server import Lifecycle
 from infra.trace import current_trace_id
-from origin.feed import Feed, feed_line
-from origin.store.base import ReplicaLog, StoreError
-from origin.writer import BatchedWriter
-from regions.peer_service import Handler, PeerService
+from origin.feed import feed_line
+from origin.store import base
+from origin.store.base import StoreError
+from regions.failover import PromotionFailed
+from regions.node import Node
+from regions.peer_client import PeerRefused, PeerUnreachable
+from regions.peer_service import Handler
 from regions.peer_wire import CONTENT_TYPE, Envelope, to_fault
-from regions.replicator import Replicator, statistics_json
-from regions.topology import CONFIG_VERSION, Topology
+from regions.replicator import statistics_json
+from regions.topology import CONFIG_VERSION
 
+OPERATOR_BYTES_MAX: Final = 65_536
+SAVED_MAX: Final = 10_000
+"""Saved entries that a status counts, or a list shows."""
 MESSAGE_BYTES_MAX: Final = 64 * 1024 * 1024
 """A delta holds at least one entry, and a message may have 16 MiB."""
+
+
+Asked = TypeVar("Asked")
+
+_logger = logging.getLogger(__name__)
+
+
+class PromoteAsked(msgspec.Struct, frozen=True):
+    """An operator's word: the asked region is to take the group over."""
+
+    group: str
+    graceful: bool = False
+    force: bool = False
 
 
 class PeerApi:
@@ -45,24 +65,17 @@ class PeerApi:
 
     def __init__(
         self,
+        node: Node,
         *,
-        topology: Topology,
-        log: ReplicaLog,
-        writer: BatchedWriter,
-        service: PeerService,
-        replicator: Replicator,
-        feed: Feed,
         signer: IdentitySigner,
         verifier: IdentityVerifier,
         lifecycle: Lifecycle,
         pool_statistics: Callable[[], PoolStatistics] | None = None,
     ) -> None:
-        self._topology = topology
-        self._log = log
-        self._writer = writer
-        self._service = service
-        self._replicator = replicator
-        self._feed = feed
+        self._node = node
+        self._topology = node.topology
+        self._log = node.engine
+        self._feed = node.feed
         self._signer = signer
         self._verifier = verifier
         self._lifecycle = lifecycle
@@ -71,10 +84,13 @@ class PeerApi:
     def add_routes(self, app: web.Application) -> None:
         """Mount everything under `/peer`."""
         router = app.router
-        for path, (type_, answer) in self._service.handlers.items():
+        for path, (type_, answer) in self._node.service.handlers.items():
             router.add_post(path, self._message(type_, answer))
         router.add_get("/peer/status", self._status)
         router.add_get("/peer/feed", self._follow)
+        router.add_post("/peer/promote", self._promote)
+        router.add_post("/peer/repair", self._repair)
+        router.add_get("/peer/saved", self._saved)
 
     # ------------------------------------------------------------ who is there
 
@@ -139,32 +155,99 @@ class PeerApi:
 
     async def _status(self, request: web.Request) -> web.Response:
         caller = self._caller(request, "region", "edge", "operator")
-        return web.Response(
-            body=msgspec.json.encode(await self.status()),
-            content_type="application/json",
-            headers=self._proof(caller),
-        )
+        return self._json(caller, await self.status())
 
     async def status(self) -> dict[str, Any]:
         """The region as operators see it."""
-        held = await self._log.statistics()
-        backlogs = {region: await self._log.backlog(region) for region in self._topology.peers}
+        node, log = self._node, self._log
+        held = await log.statistics()
+        backlogs = {region: await log.backlog(region) for region in self._topology.peers}
         return {
             "region": self._topology.region,
-            "incarnation": self._log.incarnation,
+            "incarnation": log.incarnation,
+            "standing": log.standing,
+            "waits_for": node.joining.reason,
             "wire": WIRE,
             "ready": self._lifecycle.ready,
             "groups": {
-                group.group: {"epoch": group.epoch, "holder": group.holder} for group in self._log.groups.values()
+                group.group: {
+                    "epoch": group.epoch,
+                    "holder": group.holder,
+                    "promised": group.promised,
+                    "held_here": log.is_holder(group.group),
+                    "lease": node.failover.has_lease(group.group),
+                }
+                for group in log.groups.values()
             },
             "threads": held.threads,
             "entries": held.entries,
             "position": held.position,
             "bytes_on_disk": held.bytes_on_disk,
-            "peers": statistics_json(self._replicator.statistics(), backlogs),
-            "writer": _plain(self._writer.statistics()),
+            "unrecovered": len(log.unrecovered),
+            "saved_entries": len(await log.saved(limit=SAVED_MAX)),
+            "graveyard_entries": len(await log.saved(limit=SAVED_MAX, buried=True)),
+            "tails_error": node.tails.last_error,
+            "repair": _plain(node.repair.statistics()),
+            "peers": statistics_json(node.replicator.statistics(), backlogs),
+            "writer": _plain(node.writer.statistics()),
             "pool": _plain(self._pool_statistics()) if self._pool_statistics is not None else None,
         }
+
+    # ------------------------------------------------------------ what operators ask for
+
+    async def _promote(self, request: web.Request) -> web.Response:
+        """Take a group over: {"group", "graceful", "force"}; 409 with the reason when it can't be done now."""
+        caller = self._caller(request, "operator")
+        asked = await _decoded(request, PromoteAsked)
+        _logger.warning(
+            "an operator asks for a promotion",
+            extra={"fields": {"audit": True, "group": asked.group, "graceful": asked.graceful, "force": asked.force}},
+        )
+        try:
+            row = await self._node.failover.promote(asked.group, graceful=asked.graceful, force=asked.force)
+        except PromotionFailed as error:
+            raise Problem(409, "promotion-failed", str(error)) from None
+        recovering = sum(it.group == asked.group for it in self._log.unrecovered.values())
+        return self._json(
+            caller, {"group": row.group, "epoch": row.epoch, "holder": row.holder, "recovering": recovering}
+        )
+
+    async def _repair(self, request: web.Request) -> web.Response:
+        """Compare every group held here with every peer, at once, and release parked threads."""
+        caller = self._caller(request, "operator")
+        unparked = await self._node.writer.submit(base.Unpark(None))
+        self._node.replicator.look_again()
+        compared: list[object] = []
+        faults: dict[str, str] = {}
+        for group in sorted(group for group in self._log.groups if self._log.is_holder(group)):
+            for peer in self._topology.peers:
+                try:
+                    compared.append(_plain(await self._node.repair.compare(group, peer, at_once=True)))
+                except (PeerUnreachable, PeerRefused, StoreError) as error:
+                    faults[f"{group} at {peer}"] = str(error)
+        return self._json(caller, {"compared": compared, "faults": faults, "unparked": unparked})
+
+    async def _saved(self, request: web.Request) -> web.Response:
+        """Saved entries and the graveyard, without bodies."""
+        caller = self._caller(request, "operator")
+        kept = [
+            {
+                "thread_id": one.thread_id,
+                "entry_id": one.entry.id,
+                "kind": one.entry.kind,
+                "was": f"{one.entry.epoch}.{one.entry.seq}",
+                "saved_at_us": one.at_us,
+                "buried": one.buried,
+            }
+            for buried in (False, True)
+            for one in await self._log.saved(limit=SAVED_MAX, buried=buried)
+        ]
+        return self._json(caller, {"entries": kept})
+
+    def _json(self, caller: PeerIdentity, value: object) -> web.Response:
+        return web.Response(
+            body=msgspec.json.encode(value), content_type="application/json", headers=self._proof(caller)
+        )
 
     async def _follow(self, request: web.Request) -> web.StreamResponse:
         """The change feed as lines of JSON, for edges: it never ends by itself."""
@@ -192,6 +275,13 @@ class _Wire(msgspec.Struct):
 
 def _plain(statistics: object) -> object:
     return msgspec.to_builtins(statistics)
+
+
+async def _decoded(request: web.Request, type_: type[Asked]) -> Asked:
+    try:
+        return msgspec.json.decode(await _body(request, OPERATOR_BYTES_MAX), type=type_)
+    except msgspec.MsgspecError as error:
+        raise Problem(400, "operator-message", f"the message can't be read: {error}") from None
 
 
 async def _body(request: web.Request, bytes_max: int) -> bytes:

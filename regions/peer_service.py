@@ -17,24 +17,39 @@ from origin.store.base import ApplyAnswer, ReplicaLog, StoreError
 from origin.thread import ClaimBody
 from origin.writer import BatchedWriter
 from regions.coordinator import Coordinator
+from regions.failover import Failover
 from regions.peer_wire import (
+    Acknowledged,
+    AskDigests,
+    AskHeads,
+    AskPromise,
     ClaimAnswer,
     ClaimMany,
+    DigestsAnswer,
+    DisownThreads,
     Envelope,
     Fault,
     Fetch,
     FetchAnswer,
     FindClaim,
     FindClaimAnswer,
+    ForwardAnswer,
     ForwardWrite,
+    Handover,
     Hello,
     HelloAnswer,
+    PreVote,
+    Rejoin,
+    RejoinAnswer,
     Replicate,
     ReplicateAnswer,
     SettleAnswer,
     SettleQuery,
+    SubmitAgain,
+    SubmitAgainAnswer,
     to_fault,
 )
+from regions.repair import Repair
 from regions.replicator import Replicator
 from regions.topology import Topology
 
@@ -52,6 +67,8 @@ class PeerService:
         writer: BatchedWriter,
         coordinator: Coordinator,
         replicator: Replicator,
+        failover: Failover,
+        repair: Repair,
         feed: Feed,
     ) -> None:
         self._topology = topology
@@ -59,28 +76,77 @@ class PeerService:
         self._writer = writer
         self._coordinator = coordinator
         self._replicator = replicator
+        self._failover = failover
+        self._repair = repair
         self._feed = feed
-        self.handlers: dict[str, tuple[type[Envelope], Handler]] = {
-            "/peer/hello": (Hello, self._hello),
+        answers: dict[str, tuple[type[Envelope], Handler]] = {
             "/peer/replicate": (Replicate, self._replicate),
-            "/peer/write": (ForwardWrite, coordinator.forwarded),
+            "/peer/write": (ForwardWrite, self._write),
             "/peer/fetch": (Fetch, self._fetch),
             "/peer/claim": (ClaimMany, self._claim),
             "/peer/find-claim": (FindClaim, self._find_claim),
             "/peer/settle": (SettleQuery, self._settle),
+            "/peer/pre-vote": (PreVote, failover.pre_vote),
+            "/peer/promise": (AskPromise, failover.promise),
+            "/peer/handover": (Handover, failover.hand_over),
+            "/peer/heads": (AskHeads, failover.heads),
+            "/peer/digests": (AskDigests, self._digests),
+            "/peer/disown": (DisownThreads, self._disown),
+            "/peer/submit-again": (SubmitAgain, self._submit_again),
         }
+        self.handlers: dict[str, tuple[type[Envelope], Handler]] = {
+            # A region with an outdated disk learns by these two that it is.
+            "/peer/hello": (Hello, self._hello),
+            "/peer/rejoin": (Rejoin, self._rejoin),
+        } | {path: (type_, self._from_present_disks(answer)) for path, (type_, answer) in answers.items()}
+
+    def _from_present_disks(self, answer: Handler) -> Handler:
+        """`answer`, but not to a disk that another one has taken the place of: what it knows is over."""
+
+        async def checked(message: Envelope) -> msgspec.Struct:
+            if message.incarnation < self._log.peers.get(message.region, ""):
+                raise base.Unavailable(f"region {message.region} has another disk by now")
+            return await answer(message)
+
+        return checked
 
     async def _hello(self, message: Hello) -> HelloAnswer:
-        for group in message.groups:
-            known = self._log.groups.get(group.group)
-            if known is not None and group.epoch > known.epoch:
-                await self._writer.submit(base.AdoptGroup(group))
+        log = self._log
+        known = log.peers.get(message.region, "")
+        knew_another = known not in ("", message.incarnation) or message.region in log.replaced
+        if message.incarnation >= known:
+            for group in message.groups:
+                row = log.groups.get(group.group)
+                if row is not None and group.epoch > row.epoch:
+                    await self._writer.submit(base.AdoptGroup(group))
+            if message.incarnation > known:
+                await self._writer.submit(base.MeetPeer(message.region, message.incarnation))
+            self._failover.answer_hello(message)
         return HelloAnswer(
             region=self._topology.region,
-            incarnation=self._log.incarnation,
+            incarnation=log.incarnation,
+            standing=log.standing,
+            founders=dict(log.founders),
             members=self._topology.members,
-            groups=tuple(self._log.groups.values()),
+            groups=tuple(log.groups.values()),
+            held=tuple(sorted(group for group in log.groups if log.is_holder(group))),
             position=self._feed.position,
+            known=known,
+            knew_another=knew_another,
+        )
+
+    async def _rejoin(self, message: Rejoin) -> RejoinAnswer:
+        """The new incarnation is on record before it hears anything: what the old one promised and confirmed
+        stops counting here first."""
+        if self._log.standing == "voter":
+            await self._writer.submit(base.MeetPeer(message.region, message.incarnation))
+        groups = tuple(self._log.groups.values())
+        return RejoinAnswer(
+            incarnation=self._log.incarnation,
+            standing=self._log.standing,
+            known=self._log.peers.get(message.region, ""),
+            groups=groups,
+            digests={row.group: tuple(await self._log.digests(row.group)) for row in groups},
         )
 
     async def _replicate(self, message: Replicate) -> ReplicateAnswer:
@@ -98,12 +164,28 @@ class PeerService:
             results=tuple(_result(outcome) for outcome in outcomes),
         )
 
+    async def _write(self, message: ForwardWrite) -> ForwardAnswer:
+        self._require_joined()
+        return await self._coordinator.forwarded(message)
+
     async def _fetch(self, message: Fetch) -> FetchAnswer:
+        """What is here of a thread; where it is to be final, only as its group's sure holder."""
+        self._require_joined()
+        if message.final_for:
+            self._require_holder(message.final_for)
+            await self._failover.recover(message.thread_id)
         row = await self._log.row(message.thread_id)
-        if row is None:
-            return FetchAnswer(slice=None, group=None)
-        part = await self._log.slice(message.thread_id, message.after, bytes_max=message.bytes_max)
-        return FetchAnswer(slice=part, group=self._log.groups.get(row.group))
+        part = None
+        if row is not None:
+            part = await self._log.slice(message.thread_id, message.after, bytes_max=message.bytes_max)
+        if message.final_for:
+            self._coordinator.require_lease(message.final_for)
+        return FetchAnswer(slice=part, group=self._log.groups.get(row.group) if row is not None else None)
+
+    def _require_holder(self, group: str) -> None:
+        if not self._log.is_holder(group):
+            row = self._log.groups.get(group)
+            raise base.NotHolder(row) if row is not None else base.Unavailable(f"group {group!r} is unknown here")
 
     async def _claim(self, message: ClaimMany) -> ClaimAnswer:
         self._require_claims()
@@ -112,16 +194,43 @@ class PeerService:
     async def _find_claim(self, message: FindClaim) -> FindClaimAnswer:
         self._require_claims()
         found: ClaimBody | None = await self._coordinator.claims.find(message.thread_id)
+        if found is None:
+            self._coordinator.require_lease(self._topology.claims_group)
         return FindClaimAnswer(claim=found)
 
     def _require_claims(self) -> None:
         """Only the holder's word on claims is final."""
-        group = self._log.groups[self._topology.claims_group]
-        if group.holder != self._topology.region:
-            raise base.NotHolder(group)
+        self._require_joined()
+        self._require_holder(self._topology.claims_group)
+
+    def _require_joined(self) -> None:
+        if self._log.standing != "voter":
+            raise base.Unavailable(f"region {self._topology.region} has yet to join its cluster")
 
     async def _settle(self, message: SettleQuery) -> SettleAnswer:
-        return SettleAnswer(settled=await self._replicator.settle(message.region, message.seconds_max))
+        self._require_joined()
+        held = [group for group in sorted(self._log.groups) if self._log.is_holder(group)]
+        for thread_id in sorted(self._log.unrecovered):
+            await self._failover.recover(thread_id)
+        settled = await self._replicator.settle(message.region, message.seconds_max)
+        for group in held:
+            self._coordinator.require_lease(group)
+        return SettleAnswer(settled=settled and self._repair.is_caught_up(message.region))
+
+    async def _digests(self, message: AskDigests) -> DigestsAnswer:
+        row = self._log.groups.get(message.group)
+        if row is None or row.epoch != message.epoch or row.promised != message.epoch:
+            raise base.Fenced(row.promised if row is not None else 0)
+        return DigestsAnswer(digests=tuple(await self._log.digests(message.group)))
+
+    async def _disown(self, message: DisownThreads) -> Acknowledged:
+        await self._writer.submit(base.Disown(message.group, message.epoch, message.thread_ids))
+        return Acknowledged()
+
+    async def _submit_again(self, message: SubmitAgain) -> SubmitAgainAnswer:
+        self._require_joined()
+        operation = base.Resubmit(message.group, message.thread_id, message.region, message.entries)
+        return SubmitAgainAnswer(fates=tuple(await self._coordinator.resubmit_here(operation)))
 
 
 def _result(outcome: base.Outcome) -> ApplyAnswer | Fault:

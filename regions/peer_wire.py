@@ -12,8 +12,19 @@ import msgspec
 
 from infra.identity import WIRE
 from origin.store import base
-from origin.store.base import ApplyAnswer, GroupRow, LogSlice, StoreError, ThreadDelta, Write, Written
-from origin.thread import ClaimBody, Version
+from origin.store.base import (
+    ApplyAnswer,
+    Fate,
+    GroupRow,
+    Head,
+    LogSlice,
+    Standing,
+    StoreError,
+    ThreadDelta,
+    Write,
+    Written,
+)
+from origin.thread import ClaimBody, Entry, Version
 
 CONTENT_TYPE: Final = "application/vnd.weft.peer+msgpack"
 HOPS_MAX: Final = 2
@@ -34,14 +45,25 @@ class Hello(Envelope, frozen=True, kw_only=True):
 
     members: tuple[str, ...]
     groups: tuple[GroupRow, ...]
+    held: tuple[str, ...]
+    """Groups that the sender orders."""
 
 
 class HelloAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a peer knows, after it took in what the sender knows."""
+
     region: str
     incarnation: str
+    standing: Standing
+    founders: dict[str, str]
     members: tuple[str, ...]
     groups: tuple[GroupRow, ...]
+    held: tuple[str, ...]
     position: int
+    known: str
+    """The newest incarnation of the asker known here, "" when it was never met."""
+    knew_another: bool
+    """Another incarnation of the asker than the one that asks was known here."""
 
 
 class Replicate(Envelope, frozen=True, kw_only=True):
@@ -88,11 +110,16 @@ class ForwardAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fetch(Envelope, frozen=True, kw_only=True):
-    """Entries of a thread behind `after`, at most about `bytes_max`."""
+    """Entries of a thread behind `after`, at most about `bytes_max`.
+
+    `final_for` names the thread's group where only its holder will do, and only while it is sure that nobody
+    else has become it.
+    """
 
     thread_id: str
     after: int
     bytes_max: int
+    final_for: str = ""
 
 
 class FetchAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +164,106 @@ class SettleAnswer(msgspec.Struct, frozen=True, kw_only=True):
     settled: bool
 
 
+class PreVote(Envelope, frozen=True, kw_only=True):
+    """Would you promise `epoch`? Changes nothing, so a region that is cut off or flaps costs nobody an epoch."""
+
+    group: str
+    epoch: int
+
+
+class PreVoteAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    granted: bool
+    reason: str = ""
+
+
+class AskPromise(Envelope, frozen=True, kw_only=True):
+    """Promise `epoch` of a group to the sender (PROTOCOL section 5)."""
+
+    group: str
+    epoch: int
+
+
+class PromiseAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A durable promise with the inventory behind it, or the row that says why not."""
+
+    granted: bool
+    row: GroupRow
+    incarnation: str
+    lease_left_s: float = 0.0
+    """How long the holder before may still believe that this region would not promise."""
+    digests: tuple[int, ...] = ()
+
+
+class AskDigests(Envelope, frozen=True, kw_only=True):
+    """The digests of a group, for the holder of `epoch`."""
+
+    group: str
+    epoch: int
+
+
+class DigestsAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    digests: tuple[int, ...]
+
+
+class AskHeads(Envelope, frozen=True, kw_only=True):
+    """The threads of a group in these buckets; refused unless `epoch` is what the asked region promised last."""
+
+    group: str
+    epoch: int
+    buckets: tuple[int, ...]
+
+
+class HeadsAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    heads: tuple[Head, ...]
+
+
+class DisownThreads(Envelope, frozen=True, kw_only=True):
+    """The holder of `epoch` has never heard of these threads: submit them again."""
+
+    group: str
+    epoch: int
+    thread_ids: tuple[str, ...]
+
+
+class Acknowledged(msgspec.Struct, frozen=True, kw_only=True):
+    """Nothing to say but that it was done."""
+
+
+class SubmitAgain(Envelope, frozen=True, kw_only=True):
+    """Entries the sender saved from an older epoch (PROTOCOL section 5)."""
+
+    group: str
+    thread_id: str
+    entries: tuple[Entry, ...]
+
+
+class SubmitAgainAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of each, once a majority has it."""
+
+    fates: tuple[tuple[str, Fate], ...]
+
+
+class Handover(Envelope, frozen=True, kw_only=True):
+    """The sender is about to take the group over: answer once it has all that was committed so far."""
+
+    group: str
+    seconds_max: float
+
+
+class Rejoin(Envelope, frozen=True, kw_only=True):
+    """A store with a new incarnation wants to know what its cluster knows before it counts again."""
+
+
+class RejoinAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The new incarnation is on record. `known` is the newest one there: the sender's, or one it must exceed."""
+
+    incarnation: str
+    standing: Standing
+    known: str
+    groups: tuple[GroupRow, ...]
+    digests: dict[str, tuple[int, ...]]
+
+
 _ERRORS: Final[dict[str, type[StoreError]]] = {
     error.__name__: error
     for error in (
@@ -154,6 +281,7 @@ _ERRORS: Final[dict[str, type[StoreError]]] = {
         base.Unavailable,
         base.Behind,
         base.OutcomeUnknown,
+        base.Recovering,
     )
 }
 
@@ -172,6 +300,10 @@ def to_fault(error: StoreError) -> Fault:
             return Fault(name, number=error.promised)
         case base.EntryConflict():
             return Fault(name, detail=error.entry_id)
+        case base.OutcomeUnknown():
+            return Fault(base.OutcomeUnknown.__name__, detail=str(error))
+        case base.Recovering():
+            return Fault(name, detail=error.thread_id)
         case _:
             return Fault(name, detail=str(error))
 

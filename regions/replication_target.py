@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -23,7 +24,7 @@ from infra.retry import Breaker, RetryEvent, retrying
 from infra.trace import current_trace
 from infra.trace import parse as parse_trace
 from origin.store import base
-from origin.store.base import Applied, Diverged, Gap, Refused, ReplicaLog, ThreadDelta
+from origin.store.base import Applied, Diverged, Gap, GroupRow, Refused, ReplicaLog, ThreadDelta
 from origin.thread import Entry
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import Fault, Hello, HelloAnswer, Replicate, ReplicateAnswer
@@ -36,6 +37,7 @@ ATTEMPTS_BEFORE_PARKING: Final = 5
 BREAKER_FAILURES: Final = 3
 FIRST_HEARTBEAT_S: Final = 0.05
 REACHABLE_HEARTBEATS: Final = 3
+SETTLE_THREADS_MAX: Final = 65_536
 SWEEP_SECONDS: Final = 5.0
 
 Submit = Callable[[base.Operation], Awaitable[Any]]
@@ -65,6 +67,18 @@ class TargetStatistics(msgspec.Struct, frozen=True):
     bytes_sent_total: int
     failures_total: int
     last_error: str | None
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """The newest answer to a heartbeat. Times are this region's monotonic seconds."""
+
+    sent_at: float
+    """When the heartbeat left, from which leases count: the peer answered later than that."""
+    at: float
+    standing: base.Standing
+    incarnation: str
+    groups: dict[str, GroupRow]
+    held: frozenset[str]
 
 
 class _Dirty(msgspec.Struct):
@@ -121,8 +135,9 @@ class Target:
         self._flushing: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._heard_at: float | None = None
-        self._incarnation: str | None = None
+        self.heard: Heard | None = None
+        self.greeted: list[Callable[[Heard], None]] = []
+        """Called after each answered heartbeat."""
         self._last_error: str | None = None
         self._misconfigured = False
         self._requests = self._entries = self._bytes = self._failures = 0
@@ -148,10 +163,15 @@ class Target:
     def reachable(self) -> bool:
         silence_max = REACHABLE_HEARTBEATS * self._limits.heartbeat_s
         return (
-            self._heard_at is not None
+            self.heard is not None
             and not self._misconfigured
-            and self._clock.monotonic() - self._heard_at <= silence_max
+            and self._clock.monotonic() - self.heard.at <= silence_max
         )
+
+    @property
+    def counts(self) -> bool:
+        """Whether what it said it holds durably counts: not while it has yet to learn what the cluster knows."""
+        return self.heard is not None and self.heard.standing == "voter"
 
     def unflushed(self, thread_id: str) -> int:
         acked = self._acked.get(thread_id)
@@ -164,7 +184,7 @@ class Target:
     def statistics(self) -> TargetStatistics:
         return TargetStatistics(
             reachable=self.reachable,
-            incarnation=self._incarnation,
+            incarnation=self.heard.incarnation if self.heard is not None else None,
             breaker=self._breaker.state,
             in_flight=len(self._flights),
             dirty=len(self._dirty),
@@ -176,6 +196,13 @@ class Target:
         )
 
     # ------------------------------------------------------------ what waits
+
+    def forget(self, group: str) -> None:
+        """Another region orders the group now, or this one in a new epoch: look at the outbox instead."""
+        for thread_id in [id_ for id_, dirty in self._dirty.items() if dirty.group in ("", group)]:
+            self._tail_bytes -= self._dirty.pop(thread_id).tail_bytes
+        self._acked.clear()
+        self.look_again()
 
     def offer(self, written: base.Written, new: list[Entry], traceparent: str) -> None:
         """Entries were committed: remember them in memory where there is room, and wake the worker."""
@@ -334,6 +361,8 @@ class Target:
 
     async def _delta(self, thread_id: str, dirty: _Dirty) -> ThreadDelta | None:
         """The entries the target lacks, from memory where they still are, with the access they change."""
+        if thread_id in self._log.unrecovered:
+            return None  # our own copy may lack what the target has; it is owed again once it is whole
         if dirty.tail is not None:
             entries, base_v, base_hash = tuple(dirty.tail), dirty.acked_v, dirty.base_hash
             commit_v = dirty.want_v
@@ -351,7 +380,7 @@ class Target:
 
     async def _deliver(self, group: str, threads: list[ThreadDelta], batch: dict[str, _Dirty]) -> None:
         known = self._log.groups.get(group)
-        if known is None or known.holder != self._topology.region:
+        if known is None or not self._log.is_holder(group):
             return  # someone else orders this group now: its rows are theirs to send
         message = Replicate(
             config_version=CONFIG_VERSION,
@@ -380,12 +409,18 @@ class Target:
             clock=self._clock,
             on_retry=self._note_retry,
         )
+        if self.heard is None or answer.incarnation != self.heard.incarnation:
+            raise PeerUnreachable(self.region, "it answers with another disk than it greeted with", sent=True)
         self._breaker.success()
         self._requests += 1
         self._entries += sum(len(delta.entries) for delta in threads)
         self._bytes += sum(len(entry.body) for delta in threads for entry in delta.entries)
+        still = self._log.is_holder(group) and self._log.groups[group].epoch == known.epoch
         for delta, result in zip(threads, answer.results, strict=True):
-            await self._settle_thread(delta, batch.pop(delta.id), result)
+            dirty = batch.pop(delta.id)
+            # Said of an epoch that is over, it counts for nothing: what was owed then is not owed now.
+            if still:
+                await self._settle_thread(delta, dirty, result)
             self._flying.discard(delta.id)
         self._flush_acks()
 
@@ -398,7 +433,8 @@ class Target:
             case Applied(v=v):
                 if v >= self.unflushed(delta.id):
                     self._acked[delta.id] = result
-                self._confirm(self.region, delta.id, v)
+                if self.counts:
+                    self._confirm(self.region, delta.id, v)
                 newer = self._dirty.get(delta.id)
                 if newer is None and v < dirty.want_v:
                     dirty.acked_v = v
@@ -406,11 +442,22 @@ class Target:
                 elif newer is not None and newer.acked_v != v:
                     self._drop_tail(newer)
                     newer.acked_v = v
+            case Gap(points=points) if points:
+                dirty.acked_v = await self._last_common(delta.id, points)
+                self._put_back(delta.id, dirty)
             case Gap(have_v=have_v) if have_v < delta.base_v:
                 dirty.acked_v = have_v
                 self._put_back(delta.id, dirty)
             case Gap() | Refused() | Diverged() | Fault():
                 await self._postpone(delta, dirty, result)
+
+    async def _last_common(self, thread_id: str, points: tuple[tuple[int, bytes], ...]) -> int:
+        """The highest of the target's places that our log has too: from there on the logs may differ."""
+        for seq, digest in points:
+            part = await self._log.slice(thread_id, seq, bytes_max=1)
+            if part is not None and part.base_v == seq and part.base_hash == digest:
+                return seq
+        return 0
 
     async def _postpone(self, delta: ThreadDelta, dirty: _Dirty, result: Gap | Refused | Diverged | Fault) -> None:
         """A thread the target would not take: tried again later and later, then parked."""
@@ -468,16 +515,26 @@ class Target:
             self._flushing = None
 
     async def settle(self, seconds_max: float) -> bool:
-        """See Replicator.settle."""
-        started_us = int(self._clock.time() * 1_000_000)
+        """See Replicator.settle. What is written meanwhile is not waited for."""
         try:
             async with asyncio.timeout(seconds_max):
+                wanted: dict[str, int] | None = None
                 while True:
                     self._settled.clear()
-                    backlog = await self._log.backlog(self.region)
-                    now_us = int(self._clock.time() * 1_000_000)
-                    if backlog.threads == 0 or now_us - int(backlog.oldest_s * 1_000_000) > started_us:
-                        return True
+                    if (await self._log.backlog(self.region)).parked:
+                        return False
+                    rows = await self._log.outbox(self.region, due_before=math.inf, limit=SETTLE_THREADS_MAX)
+                    here = {row.thread_id: 0 if row.offered else row.acked_v for row in rows}
+                    if len(rows) < SETTLE_THREADS_MAX:
+                        if wanted is None:
+                            wanted = {row.thread_id: row.want_v for row in rows}
+                        wanted = {
+                            thread_id: v
+                            for thread_id, v in wanted.items()
+                            if thread_id in here and max(here[thread_id], self.unflushed(thread_id)) < v
+                        }
+                        if not wanted:
+                            return True
                     await self._settled.wait()
         except TimeoutError:
             return False
@@ -488,10 +545,7 @@ class Target:
         told: bool | None = None
         began = self._clock.monotonic()
         for beat in itertools.count():
-            try:
-                await self._meet()
-            except (PeerUnreachable, PeerRefused, base.StoreError) as error:
-                self._last_error = str(error)
+            await self.greet()
             # Regions that start together come up one after the other: that alone is no news.
             silent_s = self._clock.monotonic() - began
             if self.reachable != told and (
@@ -503,21 +557,31 @@ class Target:
                 else:
                     _logger.warning("region %s is out of reach: %s", self.region, self._last_error)
             pause_s = self._limits.heartbeat_s
-            if self._heard_at is None:
+            if self.heard is None:
                 # Until they have met, a peer counts as out of reach, and writes that need it are refused.
                 pause_s = min(pause_s, FIRST_HEARTBEAT_S * 2 ** min(beat, 10))
             await self._clock.sleep(pause_s * self._rng.uniform(0.9, 1.1))
 
+    async def greet(self) -> None:
+        """Say hello now and take in the answer; a peer that can't be reached is left to the next heartbeat."""
+        try:
+            await self._meet()
+        except (PeerUnreachable, PeerRefused, base.StoreError) as error:
+            self._last_error = str(error)
+
     async def _meet(self) -> None:
+        sent_at = self._clock.monotonic()
+        log = self._log
         answer = await self._transport.call(
             self.region,
             "/peer/hello",
             Hello(
                 config_version=CONFIG_VERSION,
                 region=self._topology.region,
-                incarnation=self._log.incarnation,
+                incarnation=log.incarnation,
                 members=self._topology.members,
-                groups=tuple(self._log.groups.values()),
+                groups=tuple(log.groups.values()),
+                held=tuple(sorted(group for group in log.groups if log.is_holder(group))),
             ),
             HelloAnswer,
             seconds_max=max(1.0, 2 * self._limits.heartbeat_s),
@@ -526,22 +590,36 @@ class Target:
         if self._misconfigured:
             self._last_error = f"its regions are {', '.join(answer.members)}, ours {', '.join(self._topology.members)}"
             return
-        was_away = not self.reachable
-        self._heard_at = self._clock.monotonic()
         for group in answer.groups:
-            known = self._log.groups.get(group.group)
+            known = log.groups.get(group.group)
             if known is None or group.epoch > known.epoch:
                 await self._submit(base.AdoptGroup(group))
-        if answer.incarnation != self._incarnation:
+        known_incarnation = log.peers.get(self.region, "")
+        if answer.incarnation < known_incarnation:
+            self._last_error = "an older incarnation of it than is known answers"
+            return
+        if answer.incarnation > known_incarnation:
             await self._submit(base.MeetPeer(self.region, answer.incarnation))
-            self._incarnation = answer.incarnation
             self._more = True
+        was_away = not self.reachable
+        heard = Heard(
+            sent_at=sent_at,
+            at=self._clock.monotonic(),
+            standing=answer.standing,
+            incarnation=answer.incarnation,
+            groups={group.group: group for group in answer.groups},
+            held=frozenset(answer.held),
+        )
+        if self.heard is None or sent_at >= self.heard.sent_at:
+            self.heard = heard
         if was_away or self._breaker.state != "closed":
             self._breaker.success()
             self._more = True
         self._last_error = None
         if self._more or self._dirty:
             self._wake.set()
+        for tell in self.greeted:
+            tell(heard)
 
     async def _sweeps(self) -> None:
         """The safety net: whatever was forgotten in memory is found in the outbox again."""

@@ -14,15 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from infra.clock import Clock
 from origin.store import base
 from origin.store.base import ReplicaLog
+from origin.thread import Entry
 from regions.peer_client import PeerTransport
 from regions.replication_target import ReplicationLimits, Submit, Target, TargetStatistics
 from regions.topology import Topology
 
 
 class _Waiter:
-    """Someone waits until enough targets hold a thread up to `v`."""
+    """Someone waits until enough targets hold a thread of the group up to `v`, or the group moves."""
 
-    def __init__(self, v: int, enough: Callable[[set[str]], bool]) -> None:
+    def __init__(self, group: str, v: int, enough: Callable[[set[str]], bool]) -> None:
+        self.group = group
         self.v = v
         self.enough = enough
         self.confirmed: set[str] = set()
@@ -53,7 +55,7 @@ class Replicator:
         self._log = log
         self._clock = clock
         self._waiters: dict[str, list[_Waiter]] = {}
-        self._targets = {
+        self.targets = {
             region: Target(
                 region,
                 topology=topology,
@@ -69,45 +71,66 @@ class Replicator:
         }
 
     async def start(self) -> None:
-        for target in self._targets.values():
+        for target in self.targets.values():
             target.start()
 
     async def close(self) -> None:
-        await asyncio.gather(*(target.close() for target in self._targets.values()))
+        await asyncio.gather(*(target.close() for target in self.targets.values()))
 
     def committed(self, operations: Sequence[base.Operation], outcomes: Sequence[base.Outcome]) -> None:
         """Hand what a batch appended here as holder to every target."""
         for operation, outcome in zip(operations, outcomes, strict=True):
-            if not isinstance(operation, base.Write) or not isinstance(outcome, base.Written):
-                continue
-            new = [entry for entry in outcome.entries if entry.seq > outcome.base_v]
-            if new and not outcome.replayed:
-                for target in self._targets.values():
-                    target.offer(outcome, new, operation.traceparent)
-        for target in self._targets.values():
+            match operation, outcome:
+                case base.Write(), base.Written():
+                    marks = () if outcome.mark is None else (outcome.mark,)
+                    self._offer(outcome, marks, operation.traceparent)
+                case base.Resubmit(), base.Resubmitted(written):
+                    self._offer(written, (), "")
+                case ((base.Win() | base.AdoptGroup()), None):
+                    group = operation.group if isinstance(operation, base.Win) else operation.group.group
+                    for target in self.targets.values():
+                        target.forget(group)
+                    for waiter in [it for waiters in self._waiters.values() for it in waiters if it.group == group]:
+                        waiter.done.set()
+                case ((base.Offer() | base.ApplyDelta()), _) if isinstance(operation, base.Offer) or (
+                    self._log.is_holder(operation.group)
+                ):
+                    self.look_again()  # owed by the operation itself: what repair or a recovery found
+                case _:
+                    pass
+        for target in self.targets.values():
             target.kick()
+
+    def _offer(self, written: base.Written, marks: Sequence[Entry], traceparent: str) -> None:
+        appended = [] if written.replayed else [entry for entry in written.entries if entry.seq > written.base_v]
+        new = [*marks, *appended]
+        if new:
+            for target in self.targets.values():
+                target.offer(written, new, traceparent)
 
     def reachable(self) -> frozenset[str]:
         """Peers that answered a heartbeat lately."""
-        return frozenset(region for region, target in self._targets.items() if target.reachable)
+        return frozenset(region for region, target in self.targets.items() if target.reachable)
 
     async def confirmations(
-        self, thread_id: str, v: int, *, enough: Callable[[set[str]], bool], seconds_max: float
+        self, group: str, thread_id: str, v: int, *, enough: Callable[[set[str]], bool], seconds_max: float
     ) -> frozenset[str]:
-        """Wait until the targets that durably hold the thread up to `v` are `enough`, or the time is up.
+        """Wait until the targets that durably hold the thread up to `v` are `enough`, the time is up, or another
+        epoch of its group begins (which is for the caller to see).
 
         Returns those that do. Counts answers from before the call too, so that the retry of a write waits
         for the durability that it asks for itself.
         """
-        waiter = _Waiter(v, enough)
+        waiter = _Waiter(group, v, enough)
         waiters = self._waiters.setdefault(thread_id, [])
         waiters.append(waiter)
         try:
             # Registered before the outbox is read: an answer between the two is seen by one of them.
             missing = await self._log.unconfirmed(thread_id)
-            for region, target in self._targets.items():
-                held = v if region not in missing else max(missing[region], target.unflushed(thread_id))
-                waiter.confirm(region, held)
+            for region, target in self.targets.items():
+                if target.counts:
+                    held = v if region not in missing else max(missing[region], target.unflushed(thread_id))
+                    waiter.confirm(region, held)
             if not enough(waiter.confirmed):
                 try:
                     async with asyncio.timeout(seconds_max):
@@ -122,15 +145,15 @@ class Replicator:
 
     async def settle(self, region: str, seconds_max: float) -> bool:
         """True when all that was committed before the call has been confirmed by `region` in time."""
-        return await self._targets[region].settle(seconds_max)
+        return await self.targets[region].settle(seconds_max)
 
-    def retry_parked(self) -> None:
-        """Look at the outbox again, after parked threads were released."""
-        for target in self._targets.values():
+    def look_again(self) -> None:
+        """Read the outbox again: something else than a write put rows there."""
+        for target in self.targets.values():
             target.look_again()
 
     def statistics(self) -> dict[str, TargetStatistics]:
-        return {region: target.statistics() for region, target in self._targets.items()}
+        return {region: target.statistics() for region, target in self.targets.items()}
 
     def _confirm(self, target: str, thread_id: str, v: int) -> None:
         for waiter in self._waiters.get(thread_id, ()):

@@ -18,6 +18,10 @@ CONFIG_VERSION = 1
 """Version of the membership record; it grows when regions can be added and removed while serving."""
 
 
+EPOCHS_PER_ROUND = 1_000
+"""A region's epochs are `round * EPOCHS_PER_ROUND + its ordinal`, so no two candidates ever ask for the same one."""
+
+
 class TopologyError(ValueError):
     """The settings do not describe a cluster this process can be part of."""
 
@@ -50,6 +54,10 @@ class Topology(msgspec.Struct, frozen=True):
     @property
     def majority(self) -> int:
         return len(self.urls) // 2 + 1
+
+    def next_epoch(self, above: int) -> int:
+        """This region's first epoch above every one it has heard of."""
+        return (above // EPOCHS_PER_ROUND + 1) * EPOCHS_PER_ROUND + self.members.index(self.region)
 
     @property
     def claims_group(self) -> str:

@@ -591,7 +591,8 @@ Outcome = Written | Applied | Gap | Diverged | Refused | Promised | Resubmitted 
 
 
 class OutboxRow(msgspec.Struct, frozen=True):
-    """A thread that `target` has not confirmed. `acked_v` is where the next delta starts."""
+    """A thread that `target` has not confirmed. `acked_v` is where the next delta starts, which the target is
+    known to have unless the row was only `offered`."""
 
     target: str
     thread_id: str
@@ -601,6 +602,7 @@ class OutboxRow(msgspec.Struct, frozen=True):
     since_us: int
     parked: bool
     last_error: str | None
+    offered: bool = False
 
 
 class Backlog(msgspec.Struct, frozen=True):
@@ -643,6 +645,11 @@ class ReplicaLog(Protocol):
     @property
     def peers(self) -> Mapping[str, str]:
         """The newest incarnation known of each other region."""
+        ...
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """Regions of which an earlier incarnation than the newest was known."""
         ...
 
     @property

@@ -31,7 +31,7 @@ from origin.store.queries import (
     tokens,
     words,
 )
-from origin.thread import DIGEST_BUCKETS, ENTRIES_PER_THREAD_MAX, ZERO_HASH, CreateBody, Entry, Row, Version
+from origin.thread import DIGEST_BUCKETS, ENTRIES_PER_THREAD_MAX, ZERO_HASH, CreateBody, Entry, Row, Version, fold
 
 _logger = logging.getLogger(__name__)
 
@@ -150,6 +150,10 @@ class MemoryStore:
         return self._cluster.peers
 
     @property
+    def replaced(self) -> frozenset[str]:
+        return self._cluster.replaced
+
+    @property
     def unrecovered(self) -> Mapping[str, base.Recovery]:
         return self._cluster.unrecovered
 
@@ -227,7 +231,7 @@ class MemoryStore:
         if write.idempotency is not None:
             replayed = self._recall(write.actor, write.idempotency)
             if replayed is not None:
-                return replayed
+                return replayed if write.durability in (None, "region") else self._in_this_epoch(replayed)
         thread = self._threads.get(write.thread_id)
         before = thread.row if thread is not None else None
         group = self._held_group(self._group_of(before, write))
@@ -249,6 +253,19 @@ class MemoryStore:
             base_v=before.v if before is not None else 0,
             base_hash=before.head_hash if before is not None else ZERO_HASH,
         )
+
+    def _in_this_epoch(self, replayed: Written) -> Written:
+        """The replay with an entry of the present epoch behind it: confirmations of older ones count for nothing."""
+        row = self._threads[replayed.row.id].row
+        group = self._held_group(row.group)
+        if row.id in self._cluster.unrecovered:
+            raise base.Recovering(row.id)
+        if row.epoch == group.epoch:
+            return replayed
+        mark = log.term_entry(row, group.epoch, self._now_us())
+        marked = fold(row, row.id, mark)
+        self._append(row.id, marked, (mark,), replicate=True)
+        return msgspec.structs.replace(replayed, row=marked, mark=mark, base_v=row.v, base_hash=row.head_hash)
 
     def _group_of(self, row: Row | None, write: base.Write) -> str:
         if row is not None:

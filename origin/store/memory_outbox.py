@@ -114,6 +114,7 @@ class Outbox:
                 since_us=due.since_us,
                 parked=due.parked,
                 last_error=due.last_error,
+                offered=due.offered,
             )
             for thread_id, due in found[:limit]
         ]

@@ -94,7 +94,11 @@ CREATE TABLE saved(
   UNIQUE(thread_id, hash)
 );
 CREATE INDEX saved_by_entry ON saved(thread_id, entry_id);
-CREATE TABLE peers(region TEXT PRIMARY KEY, incarnation TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE peers(
+  region TEXT PRIMARY KEY,
+  incarnation TEXT NOT NULL,            -- the newest known
+  replaced INTEGER NOT NULL             -- an earlier one was known
+) WITHOUT ROWID;
 CREATE TABLE buckets(grp TEXT NOT NULL, bucket INTEGER NOT NULL, digest INTEGER NOT NULL, PRIMARY KEY(grp, bucket))
   WITHOUT ROWID;
 CREATE TABLE changes(position INTEGER PRIMARY KEY, n INTEGER NOT NULL, first_seq INTEGER NOT NULL, last_seq INTEGER NOT NULL);

@@ -188,6 +188,10 @@ class SqliteStore:
         return self._writer.committed.peers
 
     @property
+    def replaced(self) -> frozenset[str]:
+        return self._writer.committed.replaced
+
+    @property
     def unrecovered(self) -> Mapping[str, base.Recovery]:
         return self._writer.committed.unrecovered
 

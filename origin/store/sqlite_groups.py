@@ -40,10 +40,9 @@ class SqliteCluster(Cluster):
         self._db = connection
         self.standing = cast(base.Standing, meta["standing"])
         self.founders = json.loads(meta.get("founders", "{}"))
-        self.peers = {
-            cast(str, region): cast(str, incarnation)
-            for region, incarnation in connection.execute("SELECT region, incarnation FROM peers")
-        }
+        peers = list(connection.execute("SELECT region, incarnation, replaced FROM peers ORDER BY region"))
+        self.peers = {cast(str, peer): cast(str, incarnation) for peer, incarnation, _ in peers}
+        self.replaced = frozenset(cast(str, peer) for peer, _, replaced in peers if replaced)
         self.unrecovered = {
             thread_id: Recovery(group, source, Head(thread_id, epoch, v, hash_))
             for thread_id, group, source, epoch, v, hash_ in connection.execute(
@@ -65,7 +64,8 @@ class SqliteCluster(Cluster):
         self._db.execute("DELETE FROM recoveries WHERE thread_id = ?", (thread_id,))
 
     def keep_peer(self, region: str, incarnation: str) -> None:
-        self._db.execute("INSERT OR REPLACE INTO peers VALUES(?, ?)", (region, incarnation))
+        values = (region, incarnation, int(region in self.replaced))
+        self._db.execute("INSERT OR REPLACE INTO peers VALUES(?, ?, ?)", values)
 
     def keep_standing(self) -> None:
         meta = {

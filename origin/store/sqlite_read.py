@@ -202,14 +202,14 @@ def read_outbox(
     db: apsw.Connection, target: str, due_before: float, limit: int, skip: frozenset[str]
 ) -> list[base.OutboxRow]:
     found = db.execute(
-        "SELECT threads.id, want_v, acked_v, attempts, since_us, parked, last_error "
+        "SELECT threads.id, want_v, acked_v, attempts, since_us, parked, last_error, offered "
         "FROM outbox JOIN threads ON threads.n = outbox.n "
         "WHERE target = ? AND parked = 0 AND next_at <= ? ORDER BY outbox.n LIMIT ?",
         (target, due_before, limit + len(skip)),
     )
     rows = [
-        base.OutboxRow(target, id_, want_v, acked_v, attempts, since_us, bool(parked), last_error)
-        for id_, want_v, acked_v, attempts, since_us, parked, last_error in found
+        base.OutboxRow(target, id_, want_v, acked_v, attempts, since_us, bool(parked), last_error, bool(offered))
+        for id_, want_v, acked_v, attempts, since_us, parked, last_error, offered in found
         if id_ not in skip
     ]
     return rows[:limit]

@@ -24,7 +24,7 @@ from origin.store.queries import searchable, text_of
 from origin.store.sqlite_groups import SqliteCluster
 from origin.store.sqlite_outbox import SqliteOutbox
 from origin.store.sqlite_rows import KIND_NUMBERS, ROW_COLUMNS, SEQ_MASK, place
-from origin.thread import ZERO_HASH, CreateBody, Entry, Row
+from origin.thread import ZERO_HASH, CreateBody, Entry, Row, fold
 
 CACHED_ROWS: Final = 4_096
 
@@ -165,7 +165,7 @@ class SqliteWriter:
         if write.idempotency is not None:
             replayed = sqlite_rows.recall(self._db, self._bodies, write.actor, write.idempotency, self._row_numbered)
             if replayed is not None:
-                return replayed
+                return replayed if write.durability in (None, "region") else self._in_this_epoch(replayed)
         n, row = self._row(write.thread_id)
         group = self._held_group(self._group_of(row, write))
         if write.thread_id in self._cluster.unrecovered:
@@ -186,6 +186,20 @@ class SqliteWriter:
             base_v=row.v if row is not None else 0,
             base_hash=row.head_hash if row is not None else ZERO_HASH,
         )
+
+    def _in_this_epoch(self, replayed: Written) -> Written:
+        """The replay with an entry of the present epoch behind it: confirmations of older ones count for nothing."""
+        n, row = self._row(replayed.row.id)
+        assert n is not None and row is not None
+        group = self._held_group(row.group)
+        if row.id in self._cluster.unrecovered:
+            raise base.Recovering(row.id)
+        if row.epoch == group.epoch:
+            return replayed
+        mark = log.term_entry(row, group.epoch, self._now_us())
+        marked = fold(row, row.id, mark)
+        self._append(row.id, n, row, marked, (mark,), replicate=True)
+        return msgspec.structs.replace(replayed, row=marked, mark=mark, base_v=row.v, base_hash=row.head_hash)
 
     def _group_of(self, row: Row | None, write: base.Write) -> str:
         if row is not None:

@@ -63,7 +63,12 @@ def signer(tmp_path: Path, region: Client) -> IdentitySigner:
 
 def hello(**changes: object) -> bytes:
     message = Hello(
-        config_version=CONFIG_VERSION, region="eu-west", incarnation="x", members=("us-east", "eu-west"), groups=()
+        config_version=CONFIG_VERSION,
+        region="eu-west",
+        incarnation="x",
+        members=("us-east", "eu-west"),
+        groups=(),
+        held=(),
     )
     return msgspec.msgpack.encode(msgspec.structs.replace(message, **changes))
 
@@ -146,7 +151,10 @@ class Impostor:
         self.token = token
 
     async def answer(self, _: web.Request) -> web.Response:
-        body = HelloAnswer(region="us-east", incarnation="i", members=("us-east",), groups=(), position=0)
+        body = HelloAnswer(
+            region="us-east", incarnation="i", standing="voter", founders={}, members=("us-east",), groups=(), held=(),
+            position=0, known="", knew_another=False,
+        )  # fmt: skip
         return web.Response(body=msgspec.msgpack.encode(body), headers={SERVER_IDENTITY_HEADER: self.token})
 
 

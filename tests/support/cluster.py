@@ -18,6 +18,7 @@ from origin.ids import IdMint
 from origin.store.base import StoreError
 from origin.store.sqlite import SqliteStore
 from regions.coordinator import CoordinatorLimits
+from regions.failover import FailoverLimits
 from regions.node import NodeLimits, open_node
 from regions.peer_client import PeerUnreachable
 from regions.peer_service import PeerService
@@ -102,7 +103,9 @@ class Region:
         self.folder = folder
         self.network = network
         self.limits = NodeLimits(
-            coordinator=limits, replication=ReplicationLimits(heartbeat_s=0.05, request_seconds_max=2.0)
+            coordinator=limits,
+            replication=ReplicationLimits(heartbeat_s=0.05, request_seconds_max=2.0),
+            failover=FailoverLimits(lease_s=0.5, after_s=1.0, stuck_s=1.0, check_s=0.05, call_seconds_max=2.0),
         )
         self.rng = random.Random(f"{seed}/{region}")
         self.mint = IdMint(region)
@@ -157,7 +160,12 @@ class Cluster:
             await node.close()
 
     async def _all_met(self) -> bool:
-        return all(len(node.replicator.reachable()) == len(REGIONS) - 1 for node in self.nodes.values())
+        return all(
+            len(node.replicator.reachable()) == len(REGIONS) - 1
+            and node.store.standing == "voter"
+            and all(target.counts for target in node.replicator.targets.values())
+            for node in self.nodes.values()
+        )
 
     async def converged(self, *regions: str) -> bool:
         """True when outboxes are empty and every thread has the same head hash in every region."""

@@ -1,0 +1,206 @@
+"""When a region counts: new disks that found a cluster together, and new disks that take a lost one's place.
+
+A region whose disk is new may have promised and acknowledged things that it knows nothing of any more. So it
+neither votes nor serves nor counts before one of two things is sure: that a majority is as new as it is (a
+founding), or that it learned from a majority of the other voters what its predecessor may have known (a rejoin):
+promises, holders, logs. Whoever answers a rejoin has first put the new incarnation on record. Source: PROTOCOL
+section 7.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from typing import Any, Final
+
+from infra.clock import Clock
+from origin.log import bucket_of
+from origin.store import base
+from origin.store.base import GroupRow, Head, ReplicaLog, StoreError
+from regions.adoption import Adopter, SourceLacks, Submit
+from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
+from regions.peer_wire import AskHeads, HeadsAnswer, Hello, HelloAnswer, Rejoin, RejoinAnswer
+from regions.topology import CONFIG_VERSION, Topology
+
+FIRST_PAUSE_S: Final = 0.02
+PAUSE_S_MAX: Final = 1.0
+CALL_SECONDS_MAX: Final = 5.0
+GRACE_S: Final = 3.0
+"""So long a new region waits for everybody before it takes the longer way of those that were replaced."""
+ADOPTIONS_AT_ONCE: Final = 8
+
+_logger = logging.getLogger(__name__)
+
+
+class Joining:
+    """Brings this region's store to standing "voter". `start` and `close` its life, `joined` its end."""
+
+    def __init__(
+        self,
+        *,
+        topology: Topology,
+        log: ReplicaLog,
+        submit: Submit,
+        transport: PeerTransport,
+        adopter: Adopter,
+        clock: Clock,
+        rng: random.Random,
+    ) -> None:
+        self._topology = topology
+        self._log = log
+        self._submit = submit
+        self._transport = transport
+        self._adopter = adopter
+        self._clock = clock
+        self._rng = rng
+        self._began = clock.monotonic()
+        self._task: asyncio.Task[None] | None = None
+        self.joined = asyncio.Event()
+        self.reason = ""
+        """What it waits for, for operators."""
+
+    async def start(self) -> None:
+        if self._log.standing == "voter":
+            self.joined.set()
+        else:
+            self._task = asyncio.create_task(self._run(), name="joining")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        pause = FIRST_PAUSE_S
+        while not await self._try():
+            await self._clock.sleep(pause * self._rng.uniform(0.5, 1.0))
+            pause = min(PAUSE_S_MAX, pause * 2)
+        self.reason = ""
+        self.joined.set()
+        _logger.info("this region counts now", extra={"fields": {"incarnation": self._log.incarnation}})
+
+    async def _try(self) -> bool:
+        """Go as far as it goes now; True when this region counts."""
+        try:
+            if self._log.standing == "virgin":
+                await self._found()
+            if self._log.standing == "learner":
+                await self._rejoin()
+        except (PeerUnreachable, PeerRefused, StoreError, SourceLacks) as error:
+            self.reason = str(error)
+        return self._log.standing == "voter"
+
+    # ------------------------------------------------------------ founding
+
+    async def _found(self) -> None:
+        """Found the cluster with whoever is as new, or find out that it was founded without this disk."""
+        answers = [answer for answer in await self._greet_all() if answer.members == self._topology.members]
+        mine = self._log.incarnation
+        if any(answer.knew_another or answer.known > mine for answer in answers):
+            _logger.warning("this region had another disk before: it has to learn what the cluster knows")
+            await self._submit(base.Settle("learner"))
+            return
+        # Who is new itself can't have relied on a disk before this one; nor can a voter that was founded with this
+        # very disk. And when everybody answers and nobody knew another, there was none that mattered: a region is
+        # on record before anything it says counts.
+        everybody = len(answers) == len(self._topology.peers)
+        vouching = {
+            answer.region: answer.incarnation
+            for answer in answers
+            if everybody or answer.standing == "virgin" or answer.founders.get(self._topology.region) == mine
+        }
+        voters = sum(answer.standing == "voter" for answer in answers)
+        if 1 + len(vouching) >= self._topology.majority:
+            founders = tuple(sorted({**vouching, self._topology.region: mine}.items()))
+            await self._submit(base.Settle("voter", founders))
+        elif voters >= self._needed() and self._clock.monotonic() - self._began > GRACE_S:
+            await self._submit(base.Settle("learner"))
+        else:
+            self.reason = (
+                f"a new region needs {self._topology.majority} of {len(self._topology.members)} regions to begin; "
+                f"{1 + len(answers)} answer"
+            )
+
+    def _needed(self) -> int:
+        """How many other voters have to say what they know: so many that one of any majority is among them."""
+        peers = len(self._topology.peers)
+        return peers // 2 + 1 if peers else 0
+
+    async def _greet_all(self) -> list[HelloAnswer]:
+        message = Hello(
+            **self._envelope(), members=self._topology.members, groups=tuple(self._log.groups.values()), held=()
+        )
+        answers = await asyncio.gather(
+            *(
+                self._transport.call(region, "/peer/hello", message, HelloAnswer, seconds_max=CALL_SECONDS_MAX)
+                for region in self._topology.peers
+            ),
+            return_exceptions=True,
+        )
+        return [answer for answer in answers if isinstance(answer, HelloAnswer)]
+
+    # ------------------------------------------------------------ rejoining
+
+    async def _rejoin(self) -> None:
+        """Learn from a majority of the other voters, then count again."""
+        peers = self._topology.peers
+        needed = self._needed()
+        results = await asyncio.gather(*(self._ask(region) for region in peers), return_exceptions=True)
+        answers = {
+            region: answer
+            for region, answer in zip(peers, results, strict=True)
+            if isinstance(answer, RejoinAnswer) and answer.standing == "voter"
+        }
+        newest = max((answer.known for answer in answers.values()), default="")
+        if newest > self._log.incarnation:
+            # The clock of this machine is behind the lost one's: take a later place in the order.
+            later = f"{int(newest[:12], 16) + 1:012x}{self._log.incarnation[12:]}"
+            await self._submit(base.Settle("learner", incarnation=later))
+            return
+        if len(answers) < needed:
+            faults = "; ".join(str(it) for it in results if isinstance(it, Exception))
+            self.reason = f"{needed} other regions have to say what they know, {len(answers)} do: {faults}".rstrip(": ")
+            return
+        for answer in answers.values():
+            for row in answer.groups:
+                await self._submit(base.LearnPromise(row))
+        for group, row in sorted(self._log.groups.items()):
+            await self._learn_group(row, {region: answer.digests.get(group, ()) for region, answer in answers.items()})
+        await self._submit(base.Settle("voter"))
+
+    async def _ask(self, region: str) -> RejoinAnswer:
+        return await self._transport.call(
+            region, "/peer/rejoin", Rejoin(**self._envelope()), RejoinAnswer, seconds_max=CALL_SECONDS_MAX
+        )
+
+    async def _learn_group(self, row: GroupRow, digests: dict[str, tuple[int, ...]]) -> None:
+        """Adopt the best log of every thread that one of the answering regions has otherwise than we do."""
+        ours = await self._log.digests(row.group)
+        best: dict[str, tuple[Head, str]] = {}
+        for region, theirs in sorted(digests.items()):
+            buckets = frozenset(bucket for bucket, digest in enumerate(theirs) if digest != ours[bucket])
+            if not buckets:
+                continue
+            for head in await self._log.heads(row.group, buckets):
+                best.setdefault(head.thread_id, (head, self._topology.region))
+            for head in await self._ask_heads(region, row, buckets):
+                known = best.get(head.thread_id)
+                if known is None or (head.epoch, head.v) > (known[0].epoch, known[0].v):
+                    best[head.thread_id] = (head, region)
+        wanted = [(head, source) for head, source in best.values() if source != self._topology.region]
+        for start in range(0, len(wanted), ADOPTIONS_AT_ONCE):
+            part = wanted[start : start + ADOPTIONS_AT_ONCE]
+            await asyncio.gather(*(self._adopter.adopt(row.group, row.promised, source, head) for head, source in part))
+
+    async def _ask_heads(self, region: str, row: GroupRow, buckets: frozenset[int]) -> tuple[Head, ...]:
+        message = AskHeads(**self._envelope(), group=row.group, epoch=0, buckets=tuple(sorted(buckets)))
+        answer = await self._transport.call(region, "/peer/heads", message, HeadsAnswer, seconds_max=CALL_SECONDS_MAX)
+        return tuple(head for head in answer.heads if bucket_of(head.thread_id) in buckets)
+
+    def _envelope(self) -> dict[str, Any]:
+        return {
+            "config_version": CONFIG_VERSION,
+            "region": self._topology.region,
+            "incarnation": self._log.incarnation,
+        }

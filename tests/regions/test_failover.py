@@ -1,0 +1,174 @@
+"""Groups that move: promises, wins, recovery and tails between real parts in one process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from origin.store.base import Freshness, OutcomeUnknown, ThreadNotFound, Unavailable
+from regions.coordinator import CoordinatorLimits
+from regions.failover import PromotionFailed
+from tests.support.builders import ANN, append, bodies, create, delete, message, messages
+from tests.support.cluster import REGIONS, Cluster, eventually
+
+HOME, OTHER, THIRD = REGIONS
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    limits = CoordinatorLimits(write_seconds_max=1.0, pending_wait_s=0.2)
+    async with Cluster(tmp_path, limits=limits) as running:
+        yield running
+
+
+async def ids_at(cluster: Cluster, region: str, thread_id: str) -> list[str]:
+    page = await cluster[region].coordinator.read(thread_id, ANN)
+    return [body["id"] for body in bodies(page.messages)]
+
+
+async def made(cluster: Cluster, *ids: str) -> str:
+    thread_id = cluster[HOME].mint.thread_id()
+    await cluster[HOME].coordinator.write(create(thread_id, messages=[message(id_) for id_ in ids]))
+    await eventually(cluster.converged)
+    return thread_id
+
+
+async def test_a_promoted_region_orders_the_writes_from_then_on(cluster: Cluster) -> None:
+    thread_id = await made(cluster, "m1")
+    row = await cluster[OTHER].node.failover.promote(HOME)
+    assert row.holder == OTHER and row.epoch > 1
+    assert not cluster[HOME].store.is_holder(HOME)
+    for number, region in enumerate(REGIONS):
+        await cluster[region].coordinator.write(append(thread_id, message(f"n{number}"), durability="quorum"))
+    await eventually(cluster.converged)
+    for region in REGIONS:
+        assert await ids_at(cluster, region, thread_id) == ["m1", "n0", "n1", "n2"]
+    kept = await cluster[THIRD].store.row(thread_id)
+    assert kept is not None and kept.epochs == ((1, 1), (row.epoch, 3))
+
+
+async def test_the_tail_of_a_holder_that_was_cut_off_comes_back(cluster: Cluster) -> None:
+    thread_id = await made(cluster, "m1")
+    cluster.network.isolate(HOME)
+    alone = cluster[HOME].mint.thread_id()
+    await cluster[HOME].coordinator.write(append(thread_id, *messages(3, "tail")))
+    await cluster[HOME].coordinator.write(create(alone, messages=[message("only")]))
+    await cluster[OTHER].node.failover.promote(HOME)
+    await cluster[OTHER].coordinator.write(append(thread_id, message("new"), durability="quorum"))
+    cluster.network.heal()
+
+    async def all_there() -> bool:
+        if not await cluster.converged():
+            return False
+        try:
+            found = [set(await ids_at(cluster, region, thread_id)) for region in REGIONS]
+            return (
+                all(it >= {"m1", "new", "tail1", "tail2", "tail3"} for it in found)
+                and [await ids_at(cluster, region, alone) for region in REGIONS] == [["only"]] * 3
+            )
+        except (ThreadNotFound, Unavailable):
+            return False
+
+    await eventually(all_there)
+    assert (await ids_at(cluster, THIRD, thread_id))[:2] == ["m1", "new"]
+    for region in REGIONS:
+        assert not await cluster[region].store.saved(limit=10)
+
+
+async def test_a_deletion_by_a_fenced_holder_stays_and_buries_what_came_later(cluster: Cluster) -> None:
+    thread_id = await made(cluster, "m1")
+    cluster.network.isolate(HOME)
+    await cluster[HOME].coordinator.write(delete(thread_id))
+    await cluster[OTHER].node.failover.promote(HOME)
+    await cluster[OTHER].coordinator.write(append(thread_id, message("late"), durability="quorum"))
+    cluster.network.heal()
+
+    async def gone() -> bool:
+        for region in REGIONS:
+            row = await cluster[region].store.row(thread_id)
+            if row is None or not row.deleted:
+                return False
+        return await cluster.converged()
+
+    await eventually(gone)
+
+
+async def test_a_minority_can_not_take_over_unless_forced(cluster: Cluster) -> None:
+    thread_id = await made(cluster, "m1")
+    cluster.network.isolate(OTHER)
+    with pytest.raises(PromotionFailed, match="1 of 3 regions promise"):
+        await cluster[OTHER].node.failover.promote(HOME)
+    row = await cluster[OTHER].node.failover.promote(HOME, force=True)
+    assert row.holder == OTHER
+    await cluster[OTHER].coordinator.write(append(thread_id, message("forced")))
+    cluster.network.heal()
+    await eventually(cluster.converged)
+
+
+async def test_a_holder_without_a_majority_answers_nothing_as_final(cluster: Cluster) -> None:
+    thread_id = await made(cluster, "m1")
+    origin = Freshness(consistency="origin")
+    assert (await cluster[THIRD].coordinator.read(thread_id, ANN, freshness=origin)).row.v == 2
+    cluster.network.isolate(HOME)
+
+    async def refuses() -> bool:
+        try:
+            await cluster[HOME].coordinator.read(thread_id, ANN, freshness=origin)
+        except Unavailable:
+            return True
+        return False
+
+    await eventually(refuses)
+    with pytest.raises((Unavailable, OutcomeUnknown)):
+        await cluster[HOME].coordinator.write(append(thread_id, message("q"), durability="quorum"))
+
+
+async def test_a_graceful_handover_under_load_fails_no_write(cluster: Cluster) -> None:
+    thread_id = await made(cluster, "m1")
+    stop = asyncio.Event()
+    written: list[str] = []
+
+    async def client(region: str) -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            name = f"{region}-{number}"
+            await cluster[region].coordinator.write(append(thread_id, message(name), durability="quorum"))
+            written.append(name)
+
+    clients = [asyncio.create_task(client(region)) for region in REGIONS]
+    await eventually(lambda: _true(len(written) > 10))
+    row = await cluster[THIRD].node.failover.promote(HOME, graceful=True)
+    before = len(written)
+    await eventually(lambda: _true(len(written) > before + 10))
+    stop.set()
+    await asyncio.gather(*clients)
+    assert row.holder == THIRD
+    await eventually(cluster.converged)
+    for region in REGIONS:
+        assert sorted((await ids_at(cluster, region, thread_id))[1:]) == sorted(written)
+
+
+async def _true(value: bool) -> bool:
+    return value
+
+
+async def test_a_restarted_holder_goes_on_and_a_fenced_one_does_not(cluster: Cluster) -> None:
+    thread_id = await made(cluster, "m1")
+    await cluster[HOME].restart()
+    assert cluster[HOME].store.is_holder(HOME)
+    await cluster[HOME].close()
+    await cluster[OTHER].node.failover.promote(HOME)
+    await cluster[OTHER].coordinator.write(append(thread_id, message("new"), durability="quorum"))
+    await cluster[HOME].open()
+    # Before it hears of the new holder it may well take this for itself; then it becomes a tail and comes back.
+    await cluster[HOME].coordinator.write(append(thread_id, message("again")))
+
+    async def has_all() -> bool:
+        return await cluster.converged() and await ids_at(cluster, HOME, thread_id) == ["m1", "new", "again"]
+
+    await eventually(has_all)
+    assert not cluster[HOME].store.is_holder(HOME)
