@@ -33,6 +33,7 @@ from origin.store.base import (
     LogSlice,
     OutcomeUnknown,
     ReplicaLog,
+    StoreError,
     ThreadDelta,
     ThreadNotFound,
     ThreadPage,
@@ -41,7 +42,8 @@ from origin.store.base import (
     Write,
     Written,
 )
-from origin.thread import ClaimBody, CreateBody, Entry, encode
+from origin.store.queries import after_seq, check_freshness
+from origin.thread import ClaimBody, CreateBody, Entry, Row, encode
 from regions.claims import Claims
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import (
@@ -326,7 +328,9 @@ class Coordinator:
         except ThreadNotFound:
             # Absent, or not this principal's to know of: when it is here now, the read below decides. (It may
             # have come by replication since; to answer from the first look would deny a thread that is here.)
-            if await self._log.row(thread_id) is None:
+            # A caller who has seen more than is here may have been let in by what is not.
+            row = await self._log.row(thread_id)
+            if row is None or (not row.deleted and _behind(row, after, local)):
                 await self._catch_up(thread_id)
         except base.Behind:
             await self._clock.sleep(BEHIND_WAIT_S)  # replication is usually just behind
@@ -441,6 +445,18 @@ class Coordinator:
             )
             return False
         return True
+
+
+def _behind(row: Row, after: str | None, freshness: Freshness) -> bool:
+    """True when the caller has seen entries of the thread that are not here yet."""
+    try:
+        check_freshness(row, freshness)
+        after_seq(row, after)
+    except base.Behind:
+        return True
+    except StoreError:
+        return False
+    return False
 
 
 def _in_group(create: base.Draft, group: str) -> base.Draft:
