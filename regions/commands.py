@@ -30,7 +30,7 @@ from infra.identity import IdentityError, IdentityKeyError
 from infra.settings import Settings
 from infra.tables import print_table, safe
 from origin.client import ApiError, Claims, EdgeUnreachable, ThreadClient
-from origin.importers.scan import SAMPLES
+from origin.importers.scan import SAMPLES, SAMPLES_AT
 from origin.store.sqlite import SchemaTooNew
 from origin.transfer import ImportStopped, import_threads
 from regions import doctor, local
@@ -132,7 +132,7 @@ async def _import_samples(plan: Plan, loaded: Mapping[str, Settings]) -> None:
     client = ThreadClient(edge, plan.folder.user_token(), seconds_max=SAMPLES_SECONDS_MAX)
     try:
         async with asyncio.timeout(SAMPLES_SECONDS_MAX), client:
-            await import_threads(client, [SAMPLES], Claims(ISSUER, USER))
+            await import_threads(client, [SAMPLES], Claims(ISSUER, USER), undated=SAMPLES_AT)
     except (ApiError, EdgeUnreachable, ImportStopped, TimeoutError) as error:
         console.print(f"note: the sample threads could not be imported: {error}", markup=False)
 
