@@ -147,6 +147,8 @@ def _reserve(listen: str) -> Generator[str]:
     host, port = host_port(listen)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as held:
+        # Both, as the workers: connections of an edge that was here a minute ago (TIME_WAIT) keep nobody out.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             held.bind((host, port))

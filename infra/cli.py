@@ -16,16 +16,16 @@ from typing import Final, NoReturn
 
 import click
 import orjson
-from rich.console import Console
 
 from infra.settings import SettingsError
+from infra.tables import terminal
 
 ENTRY_POINTS: Final = "weft.commands"
 
 EXIT_FAILED: Final = 1
 EXIT_MISUSE: Final = 2
 
-console = Console(stderr=True)
+console = terminal(stderr=True)
 """For people: progress, notes, errors. Honours NO_COLOR."""
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -256,12 +257,21 @@ async def cut_quietly(request: web.Request, handler: Handler) -> web.StreamRespo
 
 
 def run(main: Coroutine[Any, Any, int]) -> int:
-    """Run a process' main coroutine, on uvloop where there is one; its exit status."""
+    """Run a process' main coroutine, on uvloop where there is one, with all the open files it may have; its exit
+    status."""
+    _raise_file_limit()
     try:
         import uvloop
     except ImportError:
         return asyncio.run(main)
     return uvloop.run(main)
+
+
+def _raise_file_limit() -> None:
+    """Connections are files, and most systems start a process with leave for 1,024 and the right to far more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # some systems name a right that they do not grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _not_a_broken_body(record: logging.LogRecord) -> bool:

@@ -7,6 +7,7 @@ Promise: on a terminal a table fits its width; anywhere else each row is one lin
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Final
@@ -31,6 +32,12 @@ def safe(text: str) -> str:
     return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def terminal(*, stderr: bool = False, highlight: bool = True) -> Console:
+    """A console on stdout or stderr. Under NO_COLOR its text is plain: rich by itself would still make some bold."""
+    plain = bool(os.environ.get("NO_COLOR"))
+    return Console(stderr=stderr, highlight=highlight, color_system=None if plain else "auto")
+
+
 def print_table(
     columns: Sequence[str],
     rows: Sequence[Sequence[object]],
@@ -46,7 +53,7 @@ def print_table(
     cells = [[safe(_text(cell)).replace("\n", " ") for cell in row] for row in rows]
     right = [bool(rows) and isinstance(rows[0][index], int | float) for index in range(len(columns))]
     widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
-    out = Console()
+    out = terminal()
     if out.is_terminal:
         shown = _fitting(columns, widths, flexible, optional, out.width)
         rest = sum(widths[index] + GAP for index in shown if columns[index] != flexible)

@@ -301,9 +301,9 @@ def add_thread_api(
     for route in ROUTES:
         handler = _open(route, handlers) if route.public else _guarded(route, handlers, verifier)
         if route.method == "GET":
-            app.router.add_get(route.path, handler, allow_head=not route.stream)
+            app.router.add_get(_pattern(route.path), handler, allow_head=not route.stream)
         else:
-            app.router.add_route(route.method, route.path, handler)
+            app.router.add_route(route.method, _pattern(route.path), handler)
 
     async def end_streams(app: web.Application) -> AsyncIterator[None]:
         async def watch() -> None:
@@ -315,6 +315,15 @@ def add_thread_api(
         task.cancel()
 
     app.cleanup_ctx.append(end_streams)
+
+
+def _pattern(path: str) -> str:
+    """`path` for the router: an id is none of the names beside it, else a 405 of theirs would allow what is its own."""
+    folder, _, last = path.rpartition("/")
+    if last != "{id}":
+        return path
+    beside = [name for there, _, name in (it.path.rpartition("/") for it in ROUTES) if there == folder and name != last]
+    return f"{folder}/{{id:(?!(?:{'|'.join(beside)})$)[^{{}}/]+}}" if beside else path
 
 
 def _open(route: Route[ThreadHandler], handlers: ThreadHandlers) -> Handler:

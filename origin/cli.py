@@ -27,7 +27,7 @@ from infra.cli import console, fail, print_json
 from infra.development import DATA_FOLDER, DataFolder, NoCluster
 from infra.identity import IdentityError, IdentityKeyError
 from infra.retry import RetryEvent
-from infra.tables import print_table, safe
+from infra.tables import print_table, safe, terminal
 from origin import exports
 from origin.client import SECONDS_MAX, ApiError, EdgeUnreachable, Stored, ThreadClient, ThreadSummary
 from origin.exports import Format, Reading, export_document
@@ -301,7 +301,7 @@ def show_command(target: Target, thread_id: str, follow: bool) -> None:
 
     Example: weft threads show 0190a7c2-6a3e-7cc0-b1a5-5f0a2f6d3a10
     """
-    out = Console(highlight=False)
+    out = terminal(highlight=False)
 
     def show_message(raw: msgspec.Raw) -> None:
         if target.as_json:

@@ -149,11 +149,13 @@ async def import_threads(
     *,
     report: ImportReport | None = None,
     in_flight: int = IN_FLIGHT,
+    undated: str | None = None,
     on_progress: Callable[[ImportReport], None] | None = None,
 ) -> ImportReport:
     """Send what `paths` hold as the user that `claims` names, `in_flight` threads at a time.
 
-    `report`, when given, is filled as the work goes on. ImportStopped when the edge will not do.
+    `undated` is the time of what a source gives none; without it the server sets one. `report`, when given, is filled
+    as the work goes on. ImportStopped when the edge will not do.
     """
     report = report if report is not None else ImportReport()
     started = time.monotonic()
@@ -177,7 +179,7 @@ async def import_threads(
                 for thread in threads:
                     await room.acquire()
                     if isinstance(thread, ImportedThread):
-                        thread = _outgoing(dict(identify(thread, claims.iss, claims.sub)))
+                        thread = _outgoing(dict(identify(thread, claims.iss, claims.sub, undated=undated)))
                     tasks.create_task(send(thread))
     except* (ApiError, EdgeUnreachable) as group:
         raise ImportStopped(_first(group), report) from None

@@ -18,7 +18,6 @@ from typing import Final
 
 import click
 import msgspec
-from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
@@ -28,9 +27,9 @@ from infra.cluster import Cluster, ClusterError, FolderLock, check_addresses
 from infra.development import DATA_FOLDER, ISSUER, USER, DataFolder, NoCluster
 from infra.identity import IdentityError, IdentityKeyError
 from infra.settings import Settings
-from infra.tables import print_table, safe
+from infra.tables import print_table, safe, terminal
 from origin.client import ApiError, Claims, EdgeUnreachable, ThreadClient
-from origin.importers.scan import SAMPLES
+from origin.importers.scan import SAMPLES, SAMPLES_AT
 from origin.store.sqlite import SchemaTooNew
 from origin.transfer import ImportStopped, import_threads
 from regions import doctor, local
@@ -132,7 +131,7 @@ async def _import_samples(plan: Plan, loaded: Mapping[str, Settings]) -> None:
     client = ThreadClient(edge, plan.folder.user_token(), seconds_max=SAMPLES_SECONDS_MAX)
     try:
         async with asyncio.timeout(SAMPLES_SECONDS_MAX), client:
-            await import_threads(client, [SAMPLES], Claims(ISSUER, USER))
+            await import_threads(client, [SAMPLES], Claims(ISSUER, USER), undated=SAMPLES_AT)
     except (ApiError, EdgeUnreachable, ImportStopped, TimeoutError) as error:
         console.print(f"note: the sample threads could not be imported: {error}", markup=False)
 
@@ -148,7 +147,7 @@ def _announce(plan: Plan, loaded: Mapping[str, Settings], pids: Mapping[str, int
     rows += [("data", str(plan.folder.path)), ("stop", "Ctrl-C")]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    out = Console()
+    out = terminal()
     if out.is_terminal:
         out.print(Panel(Text("\n".join(lines)), title="Weft is up", expand=False))
     else:
@@ -295,7 +294,7 @@ def doctor_command(data: Path, config: Path | None, as_json: bool) -> None:
         print_json({"ok": not failed, "findings": [asdict(finding) for finding in findings]})
     else:
         styles = {"ok": "green", "warning": "yellow", "failed": "red"}
-        out = Console()
+        out = terminal()
         for finding in findings:
             mark = Text(f"{finding.level:<8}", style=styles[finding.level])
             out.print(mark + Text(safe(f"{finding.check}: {finding.detail}"), style=""), soft_wrap=True)

@@ -35,6 +35,7 @@ from origin.store.base import (
     LogSlice,
     OutcomeUnknown,
     ReplicaLog,
+    StoreError,
     ThreadDelta,
     ThreadNotFound,
     ThreadPage,
@@ -43,6 +44,7 @@ from origin.store.base import (
     Write,
     Written,
 )
+from origin.store.queries import after_seq, check_freshness
 from origin.thread import ClaimBody, CreateBody, Entry, Row, encode
 from regions.adoption import FETCH_BYTES_MAX, FETCH_SECONDS_MAX
 from regions.claims import Claims
@@ -408,7 +410,9 @@ class Coordinator:
         except ThreadNotFound:
             # Absent, or not this principal's to know of: when it is here now, the read below decides. (It may
             # have come by replication since; to answer from the first look would deny a thread that is here.)
-            if await self._log.row(thread_id) is None:
+            # A caller who has seen more than is here may have been let in by what is not.
+            row = await self._log.row(thread_id)
+            if row is None or (not row.deleted and _behind(row, after, local)):
                 await self._catch_up(thread_id)
         except base.Behind:
             await self._clock.sleep(BEHIND_WAIT_S)  # replication is usually just behind
@@ -549,6 +553,18 @@ class Coordinator:
             )
             return False
         return True
+
+
+def _behind(row: Row, after: str | None, freshness: Freshness) -> bool:
+    """True when the caller has seen entries of the thread that are not here yet."""
+    try:
+        check_freshness(row, freshness)
+        after_seq(row, after)
+    except base.Behind:
+        return True
+    except StoreError:
+        return False
+    return False
 
 
 def _in_group(create: base.Draft, group: str) -> base.Draft:

@@ -124,8 +124,11 @@ class ThreadDocument(TypedDict):
     messages: list[MessageDocument]
 
 
-def identify(thread: ImportedThread, issuer: str, subject: str) -> ThreadDocument:
-    """The document of `thread` for the person (`issuer`, `subject`) who imports it. Pure, ids included."""
+def identify(thread: ImportedThread, issuer: str, subject: str, *, undated: str | None = None) -> ThreadDocument:
+    """The document of `thread` for the person (`issuer`, `subject`) who imports it. Pure, ids included.
+
+    `undated` is the time of what the source gives none; without it that is left to the server.
+    """
     own = thread_id(issuer, subject, thread.format, thread.source_id)
 
     def related(relations: Iterable[Relation]) -> list[dict[str, str]]:
@@ -144,7 +147,7 @@ def identify(thread: ImportedThread, issuer: str, subject: str) -> ThreadDocumen
             "usage": message.body.get("usage"),
             "metadata": metadata,
         }
-        created_at = message.body.get("created_at")
+        created_at = message.body.get("created_at", undated)
         if isinstance(created_at, str):
             document["created_at"] = created_at
         messages.append(document)
@@ -158,8 +161,8 @@ def identify(thread: ImportedThread, issuer: str, subject: str) -> ThreadDocumen
         "archived": thread.archived,
         "messages": messages,
     }
-    if thread.created_at is not None:
-        result["created_at"] = thread.created_at
+    if (created_at := thread.created_at or undated) is not None:
+        result["created_at"] = created_at
     return result
 
 

@@ -22,6 +22,9 @@ from origin.importers.lines import BYTE_ORDER_MARK, BadJson, decode_json, read_l
 
 SAMPLES: Final = Path(__file__).parent / "samples"
 """Conversations written for the purpose, one or more for each format, which ship with the product."""
+SAMPLES_AT: Final = "2026-03-02T09:00:00.000Z"
+"""The time of the samples whose format states none: fixed, so that every new cluster holds the same threads, and one's
+export can be imported into another."""
 
 DOCUMENT_BYTES_MAX: Final = 128 * 1024 * 1024
 """Largest file that is one JSON document; files of lines have no limit."""

@@ -175,6 +175,19 @@ async def test_a_taken_port_is_one_clear_line(start, port, workers):
     assert f"error: address 127.0.0.1:{port}" in text and "in use" in text.lower()
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_an_edge_starts_where_another_has_just_closed_its_connections(start, region, client, port, workers):
+    with socket.socket() as before:
+        before.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        before.bind(("127.0.0.1", port))
+        before.listen()
+        with socket.create_connection(("127.0.0.1", port)) as visitor:
+            before.accept()[0].close()  # first, so that the port's side is the one that waits (TIME_WAIT)
+            assert visitor.recv(1) == b""
+    await start(WEFT_EDGE__WORKERS=workers)
+    await until_ready(client, port)
+
+
 async def test_a_missing_peer_key_is_one_clear_line(start, peer_key_file):
     peer_key_file.unlink()
     assert f"error: {peer_key_file}" in await failure(await start())

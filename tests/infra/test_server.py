@@ -2,6 +2,7 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -449,3 +450,18 @@ async def test_a_check_that_hangs_fails_by_itself(monkeypatch: pytest.MonkeyPatc
     lifecycle.add_check("disk", hangs)
     assert not await lifecycle.check()
     assert lifecycle.statuses == {"disk": "no answer within 0.01 s"}
+
+
+def test_a_process_takes_the_open_files_it_has_a_right_to() -> None:
+    program = """
+import resource
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+from infra.server import run
+
+async def main():
+    return 0 if resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most) else 3
+
+raise SystemExit(run(main()))
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

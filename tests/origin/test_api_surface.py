@@ -522,6 +522,11 @@ async def test_unserved_paths_and_methods_are_problems(api: Api):
     wrong = await api("POST", f"/api/threads/{ABSENT}", {})
     assert wrong.status == 405
     assert set(re.split(r",\s*", wrong.headers["Allow"])) == {"DELETE", "GET", "HEAD", "PATCH", "PUT"}
+    # Names beside an id are no ids.
+    for method, name, allowed in (("POST", "search", {"GET", "HEAD"}), ("PUT", "list", {"GET", "HEAD"})):
+        wrong = await api(method, f"/api/threads/{name}", {})
+        assert (wrong.status, set(re.split(r",\s*", wrong.headers["Allow"]))) == (405, allowed)
+    assert (await api("DELETE", "/api/threads/events")).status == 405
 
 
 async def test_streams_have_no_head(api: Api):

@@ -11,6 +11,7 @@ import pytest
 from origin.importers.base import (
     ImportedMessage,
     ImportedThread,
+    JsonObject,
     Relation,
     Tally,
     identify,
@@ -43,6 +44,21 @@ THREAD = ImportedThread(
     ],
     relations=(Relation("parent", "claude-code", "s"),),
 )
+
+
+def test_what_the_source_gives_no_time_gets_the_one_that_is_given_for_it() -> None:
+    body: JsonObject = {"role": "user", "content": "hi"}
+    dated = ImportedMessage("2", body | {"created_at": "2026-01-02T03:04:05.000Z"})
+    thread = ImportedThread("aider", "s", "", None, {}, [ImportedMessage("1", body), dated])
+    left = identify(thread, "i", "s")
+    assert "created_at" not in left
+    assert "created_at" not in left["messages"][0]
+    given = identify(thread, "i", "s", undated="2026-03-02T09:00:00.000Z")
+    assert given.get("created_at") == "2026-03-02T09:00:00.000Z"
+    assert [it.get("created_at") for it in given["messages"]] == [
+        "2026-03-02T09:00:00.000Z",
+        "2026-01-02T03:04:05.000Z",
+    ]
 
 
 def test_a_document_has_the_shape_that_put_takes() -> None:

@@ -403,6 +403,25 @@ async def test_a_reader_that_has_seen_more_than_is_here_gets_at_least_that(clust
     assert page.row.version >= written.version
 
 
+async def test_a_reader_whom_a_later_entry_lets_in_is_not_denied_where_that_entry_is_missing(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    cluster.network.cut.add(("us-east", "ap-south"))
+    shared = await cluster["us-east"].coordinator.write(change(thread_id, patch(visibility="public")))
+    ap = cluster["ap-south"].coordinator
+    with pytest.raises(ThreadNotFound):
+        await ap.read(thread_id, BOB)
+    page = await ap.read(thread_id, BOB, freshness=Freshness(min_version=shared.version))
+    assert page.row.version == shared.version
+    # What he claims to have seen opens nothing that is not his to read, and tells no more than a 404.
+    withdrawn = await cluster["us-east"].coordinator.write(change(thread_id, patch("2", visibility="private")))
+    for seen in (withdrawn.version, Version(9, 9)):
+        with pytest.raises(ThreadNotFound):
+            await ap.read(thread_id, BOB, freshness=Freshness(min_version=seen))
+        with pytest.raises(ThreadNotFound):
+            await ap.read(thread_id, BOB, after=str(seen))
+
+
 async def test_consistency_origin_reads_what_the_holder_has_or_says_it_can_not(cluster: Cluster) -> None:
     thread_id = await make(cluster)
     await eventually(cluster.converged)
