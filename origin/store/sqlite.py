@@ -27,7 +27,7 @@ from infra.pool import Pool, PoolStatistics, PoolTimeout
 from origin.groups import founding
 from origin.store import base, sqlite_read
 from origin.store.base import LOCAL, Freshness, GroupRow, Written
-from origin.store.bodies import BodyDamaged, BodyFiles
+from origin.store.bodies import BodyDamaged, BodyFiles, make_folder
 from origin.store.sqlite_groups import save_group
 from origin.store.sqlite_write import SqliteWriter
 from origin.thread import Entry, Row
@@ -58,11 +58,19 @@ class WrongRegion(Exception):
 
 
 def schema_version(folder: Path) -> int | None:
-    """Schema version of the data in `folder`, None when there is none. Reads without locking."""
+    """Schema version of the data in `folder`, None when there is none. Does without the store's lock."""
     path = folder / DATABASE
     if not path.exists():
         return None
-    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        return _user_version(path, apsw.SQLITE_OPEN_READONLY)
+    except apsw.ReadOnlyError:
+        # Its very creation was cut short: a rollback journal is left, and only a writer may roll it back.
+        return _user_version(path, apsw.SQLITE_OPEN_READWRITE)
+
+
+def _user_version(path: Path, flags: int) -> int:
+    connection = apsw.Connection(str(path), flags=flags)
     try:
         return int(str(connection.pragma("user_version")))
     finally:
@@ -322,7 +330,7 @@ class SqliteStore:
 
 
 def _lock(folder: Path) -> int:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "bodies")
     descriptor = os.open(folder / "store.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
