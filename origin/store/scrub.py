@@ -38,7 +38,7 @@ FINDINGS_PER_THREAD_MAX: Final = 10
 
 _UNREADABLE: Final = (apsw.Error, OSError, ValueError, TypeError, LookupError, msgspec.MsgspecError)
 """What reading damaged columns may raise: text that is not UTF-8, a kind that is none, JSON that does not parse."""
-_THREAD: Final = f"SELECT {ROW_COLUMNS}, held, hidden, shared FROM threads WHERE n = ?"
+_THREAD: Final = f"SELECT {ROW_COLUMNS}, held, hidden, shared, bucket FROM threads WHERE n = ?"
 _ENTRIES: Final = f"SELECT {ENTRY_COLUMNS} FROM entries WHERE pos > ? AND pos < ? ORDER BY pos"
 
 What = Literal["entry", "body", "row", "listing", "digest", "outbox", "feed", "database"]
@@ -228,7 +228,7 @@ class _Log:
         Between two slices a failover may have replaced what was recomputed: then it begins again.
         """
         try:
-            *values, held, hidden, shared = db.execute(_THREAD, (self.n,)).fetchall()[0]
+            *values, held, hidden, shared, bucket = db.execute(_THREAD, (self.n,)).fetchall()[0]
             stored = row_from(values)
         except _UNREADABLE as error:
             self.findings.append(Finding("row", f"the row of thread number {self.n} can't be read: {error}", self._id))
@@ -240,7 +240,7 @@ class _Log:
             if not self._read(db, bodies, tally):
                 return False
             self._compare(stored)
-            self._compare_listing(db, stored, held, hidden, shared)
+            self._compare_listing(db, stored, held, hidden, shared, bucket)
         except apsw.Error as error:
             self._tell("database", 0, f"can't be read behind entry {self._seq}: {error}")
         return True
@@ -314,7 +314,9 @@ class _Log:
         if names:
             self._tell("row", 0, f"{', '.join(names)} not as the log says")
 
-    def _compare_listing(self, db: apsw.Connection, stored: Row, held: object, hidden: object, shared: object) -> None:
+    def _compare_listing(
+        self, db: apsw.Connection, stored: Row, held: object, hidden: object, shared: object, bucket: object
+    ) -> None:
         access = db.execute("SELECT access FROM access_holds WHERE thread_id = ?", (stored.id,)).get
         try:
             record = None if access is None else msgspec.msgpack.decode(cast(bytes, access), type=Access)
@@ -324,7 +326,10 @@ class _Log:
             return
         hide = shown.deleted or stored.internal
         share = not hide and stored.team is not None and shown.visibility != "private"
-        for name, is_so, should in (("held", held, access), ("hidden", hidden, hide), ("shared", shared, share)):
+        for name, is_so, should in (
+            ("held", held, access), ("hidden", hidden, hide), ("shared", shared, share),
+            ("bucket", bucket, log.bucket_of(stored.id)),
+        ):  # fmt: skip
             if is_so != should:
                 self._tell("listing", 0, f"{name} not as the row and the access record say")
 
@@ -336,15 +341,18 @@ def _outbox(db: apsw.Connection, pace: Pace) -> Generator[Slice, None, None]:
     last, more = ("", 0), True
     while more:
         found = db.execute(
-            "SELECT target, outbox.n, want_v, acked_v, threads.id, v FROM outbox LEFT JOIN threads "
-            "ON threads.n = outbox.n WHERE (target, outbox.n) > (?, ?) ORDER BY target, outbox.n LIMIT ?",
+            "SELECT target, outbox.n, want_v, acked_v, threads.id, threads.v, recoveries.thread_id IS NOT NULL "
+            "FROM outbox LEFT JOIN threads ON threads.n = outbox.n LEFT JOIN recoveries ON thread_id = threads.id "
+            "WHERE (target, outbox.n) > (?, ?) ORDER BY target, outbox.n LIMIT ?",
             (*last, pace.entries),
         ).fetchall()
         findings: list[Finding] = []
-        for target, n, want_v, acked_v, thread_id, v in found:
+        for target, n, want_v, acked_v, thread_id, v, recovering in found:
             last = (cast(str, target), cast(int, n))
             if thread_id is None:
                 findings.append(Finding("outbox", f"{target} is to get a thread numbered {n}, which is not there"))
+            elif recovering:
+                continue  # its log is about to be replaced by another one, which may be shorter
             elif not 0 <= cast(int, acked_v) <= cast(int, v) or not 1 <= cast(int, want_v) <= cast(int, v):
                 detail = f"{target} has {acked_v} and is to get {want_v} of {v} entries"
                 findings.append(Finding("outbox", detail, cast(str, thread_id)))
@@ -370,7 +378,7 @@ def _feed(db: apsw.Connection, pace: Pace) -> Generator[Slice, None, None]:
             last = position
             if thread_id is None:
                 findings.append(Finding("feed", f"position {position} names thread number {n}, which is not there"))
-            elif not 1 <= first_seq <= last_seq:
+            elif not 1 <= first_seq <= last_seq + 1:  # a log that was only cut short has no new entries
                 detail = f"position {position} spans entries {first_seq} to {last_seq}"
                 findings.append(Finding("feed", detail, thread_id))
         more = len(found) == pace.entries

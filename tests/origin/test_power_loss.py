@@ -19,7 +19,19 @@ from pathlib import Path
 import pytest
 
 from infra.identity import Principal
-from origin.store.base import Acknowledge, Applied, MeetPeer, Operation, Postpone, StoreError, Trim, Written
+from origin.store.base import (
+    Acknowledge,
+    Applied,
+    MeetPeer,
+    Operation,
+    Postpone,
+    Promise,
+    Promised,
+    StoreError,
+    Trim,
+    Win,
+    Written,
+)
 from origin.store.bodies import BodyFiles
 from origin.store.memory import MemoryStore
 from origin.store.scrub import examine, open_reader
@@ -87,6 +99,10 @@ class Workload:
         self._count = 0
         self._here: list[str] = []
         self._sent: dict[str, int] = {}
+        self._epoch = 1
+        self.incarnation = ""
+        self.heads: dict[str, tuple[int, bytes]] = {}
+        """(v, head hash) of each thread written here, as answered."""
         self._peer = MemoryStore(region=PEER, members=REGIONS, clock=FakeClock())
 
     def _id(self) -> str:
@@ -100,7 +116,13 @@ class Workload:
         return [message(self._id(), self._text()) for _ in range(self._rng.randrange(1, most + 1))]
 
     async def batch(self) -> list[Operation]:
-        return [await self._operation() for _ in range(self._rng.randrange(1, 5))]
+        operations = [await self._operation() for _ in range(self._rng.randrange(1, 5))]
+        if self._rng.random() < 0.1:
+            # Its own successor: from here on a term mark precedes the first write to each thread.
+            self._epoch += 3
+            promise = Promise(HERE, self._epoch, HERE, self.incarnation)
+            operations += [promise, Win(HERE, self._epoch, (), ((PEER, None),))]
+        return operations
 
     async def _operation(self) -> Operation:
         rng = self._rng
@@ -132,7 +154,8 @@ class Workload:
             case "delta":
                 return await self._delta(actor)
             case "ack":
-                return Acknowledge(rng.choice([PEER, THIRD]), ((thread, rng.randrange(1, 4)),))
+                v, head_hash = self.heads.get(thread, (1, b""))
+                return Acknowledge(rng.choice([PEER, THIRD]), ((thread, v, head_hash),))
             case _:
                 return rng.choice([
                     MeetPeer(THIRD, self._id()),
@@ -163,7 +186,6 @@ async def record(seed: int, root: Path, *, synchronous: str, deaf: Callable[[Pat
     recorder = Recorder(root, deaf=deaf)
     run = Run(recorder, "", [], [])
     clock = FakeClock()
-    known: dict[str, tuple[int, bytes]] = {}
     folder = root / STORE
     with recorder:
         for part in range(2):
@@ -171,14 +193,14 @@ async def record(seed: int, root: Path, *, synchronous: str, deaf: Callable[[Pat
             store._connection.pragma("synchronous", synchronous)
             store._connection.pragma("wal_autocheckpoint", rng.choice([10, 30, 4_000]))
             if part == 0:
-                run.incarnation = store.incarnation
-                answer(run, folder, known)
+                run.incarnation = work.incarnation = store.incarnation
+                answer(run, folder, work.heads)
             for _ in range(BATCHES // 2):
                 for outcome in await store.commit(await work.batch()):
-                    assert outcome is None or isinstance(outcome, Written | Applied | StoreError), outcome
+                    assert outcome is None or isinstance(outcome, Written | Applied | Promised | StoreError), outcome
                     if isinstance(outcome, Written):
-                        known |= {outcome.row.id: (outcome.row.v, outcome.row.head_hash)}
-                answer(run, folder, known)
+                        work.heads[outcome.row.id] = (outcome.row.v, outcome.row.head_hash)
+                answer(run, folder, work.heads)
             await store.close()
     return run
 

@@ -14,8 +14,9 @@ import pytest
 
 from infra.clock import SYSTEM_CLOCK
 from origin.log import bucket_of
-from origin.store.base import MeetPeer
+from origin.store.base import AdoptGroup, Applied, ApplyDelta, MeetPeer, Promise, Win
 from origin.store.bodies import BodyFiles
+from origin.store.memory import MemoryStore
 from origin.store.scrub import Finding, Pace, Report, examine, open_reader, scrub
 from origin.store.sqlite import DATABASE, SqliteStore
 from origin.writer import BatchedWriter
@@ -33,6 +34,7 @@ from tests.support.builders import (
     received,
     user,
 )
+from tests.support.fakeclock import FakeClock
 
 ANN = user("ann", "red")
 LONG = "z" * 3_000
@@ -144,6 +146,7 @@ async def test_a_byte_turned_in_a_digest_bucket(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("statement", "found"),
     [
+        ("UPDATE threads SET bucket = (bucket + 1) % 4096 WHERE id = 't1'", {("listing", "t1", 0)}),
         ("UPDATE threads SET hidden = 1 WHERE id = 't1'", {("listing", "t1", 0)}),
         ("UPDATE threads SET shared = 0 WHERE id = 't1'", {("listing", "t1", 0)}),
         ("UPDATE threads SET shared = 1 WHERE id = 't3'", {("listing", "t3", 0)}),
@@ -246,24 +249,24 @@ async def test_a_scrub_left_half_way_lets_go_of_the_store(folder: Path) -> None:
 
 
 async def test_a_log_replaced_between_two_slices_is_begun_again(tmp_path: Path) -> None:
-    """As a failover does: the tail is cut off and another one written."""
-    store = await SqliteStore.open(tmp_path, region="us-east", members=REGIONS)
-    await store.write(create("t", ANN, messages=messages(20)))
-    kept = await delta_from(store, "t", 0, 5)
-    await store.close()
+    """A failover cuts the tail off and writes another one."""
+    old, new = (MemoryStore(region=region, members=REGIONS, clock=FakeClock()) for region in ("us-east", "ap-south"))
+    store = await SqliteStore.open(tmp_path, region="eu-west", members=REGIONS)
+    await old.commit([create("t", ANN, messages=messages(19))])
+    await commit_one(store, received(await delta_from(old, "t")))
+    await commit_one(new, received(await delta_from(old, "t", 0, 5)))
+    await new.commit([Promise("us-east", 4, "ap-south", new.incarnation), Win("us-east", 4, (), ())])
+    await new.write(append("t", *messages(14, prefix="other"), actor=ANN))
     async with aclosing(scrub(tmp_path, pace=Pace(entries=10, pause_s=0.0))) as pieces:
         assert (await anext(pieces)).entries == 10
-        with closing(apsw.Connection(str(tmp_path / DATABASE))) as connection:
-            for table in ("threads", "entries", "buckets", "changes", "search"):
-                connection.execute(f"DELETE FROM {table}")
-        store = await SqliteStore.open(tmp_path, region="us-east", members=REGIONS)
-        await commit_one(store, received(kept))
-        await store.write(append("t", *messages(15, prefix="other"), actor=ANN))
+        await commit_one(store, AdoptGroup(new.groups["us-east"]))
+        outcome = await commit_one(store, ApplyDelta("us-east", 4, "ap-south", await delta_from(new, "t")))
+        assert isinstance(outcome, Applied) and outcome.v == 20
         rest = [piece async for piece in pieces]
-        await store.close()
     assert [finding for piece in rest for finding in piece.findings] == []
     assert sum(piece.threads for piece in rest) == 1
     assert sum(piece.entries for piece in rest) == 20, "from the beginning"
+    await store.close()
 
 
 def test_a_finding_reads_as_a_sentence() -> None:
