@@ -125,15 +125,14 @@ class SqliteStore:
     ) -> SqliteStore:
         """Open or create the store in `folder`. Raises StoreLocked, SchemaTooNew, WrongRegion, OSError."""
         random_source = rng if rng is not None else random.SystemRandom()
-        lock = _lock(folder)
+        lock = lock_store(folder)
         try:
             check_schema(folder)
             connection = _connect(folder, WRITER_CACHE_KIB)
             connection.pragma("journal_mode", "wal")
             connection.pragma("synchronous", "full")
             connection.pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
-            incarnation = f"{int(clock.time() * 1000):012x}{random_source.getrandbits(80):020x}"
-            _prepare(connection, region, members, incarnation)
+            _prepare(connection, region, members, mint_incarnation(clock, random_source))
             bodies = BodyFiles(folder / "bodies")
             writer = SqliteWriter(
                 connection,
@@ -329,7 +328,14 @@ class SqliteStore:
         os.close(self._lock)
 
 
-def _lock(folder: Path) -> int:
+def mint_incarnation(clock: Clock, rng: random.Random, *, after: str = "") -> str:
+    """A new disk's id: ordered by when it was made, and behind `after` whatever the clock says."""
+    now_ms = max(int(clock.time() * 1000), int(after[:12], 16) + 1 if after else 0)
+    return f"{now_ms:012x}{rng.getrandbits(80):020x}"
+
+
+def lock_store(folder: Path) -> int:
+    """Make the folder and keep others out of its store until the descriptor is closed; StoreLocked when one is in."""
     make_folder(folder / "bodies")
     descriptor = os.open(folder / "store.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
