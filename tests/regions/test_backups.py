@@ -1,4 +1,4 @@
-"""`weft backup` and `weft restore`: which stores, where to, what they refuse, and once with a running cluster."""
+"""`weft backup` and `weft restore`: which stores, where to, and what they refuse."""
 
 from __future__ import annotations
 
