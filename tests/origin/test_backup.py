@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -192,7 +193,7 @@ async def test_a_sum_is_not_trusted_where_the_content_disagrees(store_folder: Pa
 async def test_a_store_with_a_rotten_body_is_not_copied(store_folder: Path, tmp_path: Path) -> None:
     body = min(store_folder.glob("bodies/*/*"))
     flip(body, 7)
-    with pytest.raises(BackupDamaged, match=body.name):
+    with pytest.raises(BackupDamaged, match=re.escape(str(body))):
         back_up(store_folder, tmp_path / "copy")
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
