@@ -518,9 +518,12 @@ def bucket_of(thread_id: str) -> int:
 def row_digest(row: Row | None) -> int:
     """What a thread contributes to its bucket by XOR: H(id, v, head hash); epochs are left out, else a
     promotion would dirty every bucket."""
-    if row is None:
-        return 0
-    digest = hashlib.sha256(b"%b|%d|%b" % (row.id.encode(), row.v, row.head_hash)).digest()
+    return 0 if row is None else log_digest(row.id, row.v, row.head_hash)
+
+
+def log_digest(thread_id: str, v: int, head_hash: bytes) -> int:
+    """`row_digest` of a thread of which no more is known."""
+    digest = hashlib.sha256(b"%b|%d|%b" % (thread_id.encode(), v, head_hash)).digest()
     return int.from_bytes(digest[:8], "big")
 
 

@@ -1,15 +1,20 @@
 """Large message bodies as content-addressed files, durable before the transaction that names them.
 
 A file's name is the SHA-256 of its bytes, so writing one twice is harmless and reading one checks it.
-Collection of unreferenced files is left to the store's scrub; nothing here deletes.
+Nothing here deletes: who collects unreferenced files has to hold off writers and backups first.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
 from pathlib import Path
+from typing import Final
+
+_NOT_OURS: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL})
+"""Why a folder can't be synced by a process that can't have made anything in it."""
 
 
 class BodyDamaged(Exception):
@@ -17,31 +22,32 @@ class BodyDamaged(Exception):
 
 
 class BodyFiles:
-    """Bodies under `folder`, in 256 subfolders by the first byte of their hash. Safe from any thread."""
+    """Bodies under `folder`, in 256 subfolders by the first byte of their hash. Safe from any thread.
+
+    Before the first `put` the folder has to be there to stay (`make_folder`).
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, body: bytes) -> bytes:
         """Store `body` and return its digest (32 bytes). Durable when it returns (file and folder synced)."""
         digest = hashlib.sha256(body).digest()
         path = self._path(digest)
-        if path.exists():
-            _sync_folder(path.parent)  # an earlier put may have failed between rename and sync
-            return digest
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-        try:
-            with temporary.open("wb") as file:
-                file.write(body)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-        _sync_folder(self._folder)
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+            try:
+                with temporary.open("wb") as file:
+                    file.write(body)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        # Also for a file that was there: an earlier put may have ended between its rename and here.
+        sync_folder(path.parent)
+        sync_folder(self._folder)
         return digest
 
     def get(self, digest: bytes) -> bytes:
@@ -60,7 +66,24 @@ class BodyFiles:
         return self._folder / name[:2] / name
 
 
-def _sync_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make `folder` and what is missing above it, durably.
+
+    A folder's name lies in the one above, so all of those are synced: a power cut could otherwise take away a whole
+    store that was synced file by file. Also those that were there: who made them may have been killed before it did.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for parent in folder.absolute().parents:
+        try:
+            sync_folder(parent)
+        except OSError as error:
+            if error.errno not in _NOT_OURS:
+                raise
+            return
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -27,7 +27,7 @@ from infra.pool import Pool, PoolStatistics, PoolTimeout
 from origin.groups import founding
 from origin.store import base, sqlite_read
 from origin.store.base import LOCAL, Freshness, GroupRow, Written
-from origin.store.bodies import BodyDamaged, BodyFiles
+from origin.store.bodies import BodyDamaged, BodyFiles, make_folder
 from origin.store.sqlite_groups import save_group
 from origin.store.sqlite_write import SqliteWriter
 from origin.thread import Entry, Row
@@ -58,11 +58,19 @@ class WrongRegion(Exception):
 
 
 def schema_version(folder: Path) -> int | None:
-    """Schema version of the data in `folder`, None when there is none. Reads without locking."""
+    """Schema version of the data in `folder`, None when there is none. Does without the store's lock."""
     path = folder / DATABASE
     if not path.exists():
         return None
-    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        return _user_version(path, apsw.SQLITE_OPEN_READONLY)
+    except apsw.ReadOnlyError:
+        # Its very creation was cut short: a rollback journal is left, and only a writer may roll it back.
+        return _user_version(path, apsw.SQLITE_OPEN_READWRITE)
+
+
+def _user_version(path: Path, flags: int) -> int:
+    connection = apsw.Connection(str(path), flags=flags)
     try:
         return int(str(connection.pragma("user_version")))
     finally:
@@ -117,15 +125,14 @@ class SqliteStore:
     ) -> SqliteStore:
         """Open or create the store in `folder`. Raises StoreLocked, SchemaTooNew, WrongRegion, OSError."""
         random_source = rng if rng is not None else random.SystemRandom()
-        lock = _lock(folder)
+        lock = lock_store(folder)
         try:
             check_schema(folder)
             connection = _connect(folder, WRITER_CACHE_KIB)
             connection.pragma("journal_mode", "wal")
             connection.pragma("synchronous", "full")
             connection.pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
-            incarnation = f"{int(clock.time() * 1000):012x}{random_source.getrandbits(80):020x}"
-            _prepare(connection, region, members, incarnation)
+            _prepare(connection, region, members, mint_incarnation(clock, random_source))
             bodies = BodyFiles(folder / "bodies")
             writer = SqliteWriter(
                 connection,
@@ -325,8 +332,15 @@ class SqliteStore:
         os.close(self._lock)
 
 
-def _lock(folder: Path) -> int:
-    folder.mkdir(parents=True, exist_ok=True)
+def mint_incarnation(clock: Clock, rng: random.Random, *, after: str = "") -> str:
+    """A new disk's id: ordered by when it was made, and behind `after` whatever the clock says."""
+    now_ms = max(int(clock.time() * 1000), int(after[:12], 16) + 1 if after else 0)
+    return f"{now_ms:012x}{rng.getrandbits(80):020x}"
+
+
+def lock_store(folder: Path) -> int:
+    """Make the folder and keep others out of its store until the descriptor is closed; StoreLocked when one is in."""
+    make_folder(folder / "bodies")
     descriptor = os.open(folder / "store.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -365,6 +365,18 @@ def test_a_second_cluster_in_the_folder_is_refused(cluster: RunningCluster) -> N
     assert f"in use by process {cluster.process.pid}" in again.stderr
 
 
+def test_a_running_cluster_is_backed_up_and_not_restored_into(cluster: RunningCluster, tmp_path: Path) -> None:
+    data, copy = str(cluster.data), str(tmp_path / "copy")
+    listed = json.loads(weft("threads", "list", "--data", data, "--json").stdout)
+    [made] = json.loads(weft("backup", copy, "--data", data, "--json").stdout)["regions"]
+    assert made["region"] == "solo" and made["threads"] >= len(listed) > 0
+    refused = weft("restore", copy, "--data", data, check=False)
+    assert refused.returncode == 1
+    assert f"in use by process {cluster.process.pid}" in refused.stderr
+    [restored] = json.loads(weft("restore", copy, "--data", str(tmp_path / "new"), "--json").stdout)["regions"]
+    assert restored["threads"] == made["threads"] and restored["incarnation"] > made["incarnation"]
+
+
 def test_a_killed_region_is_back_at_once(cluster: RunningCluster) -> None:
     before = cluster.kill("solo", "region")
     wait_until(lambda: cluster.pid("solo", "region") != before, seconds=10, what="a new process")
