@@ -84,6 +84,7 @@ async def open_region(
             service=node.service,
             replicator=node.replicator,
             feed=node.feed,
+            followers=node.followers,
             signer=signer,
             verifier=verifier,
             lifecycle=lifecycle,

@@ -43,6 +43,7 @@ from origin.store.base import (
 )
 from origin.thread import ClaimBody, CreateBody, Entry, encode
 from regions.claims import Claims
+from regions.followers import NO_EDGES, Edges
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import (
     HOPS_MAX,
@@ -93,6 +94,7 @@ class Coordinator:
         clock: Clock,
         rng: random.Random,
         limits: CoordinatorLimits | None = None,
+        edges: Edges = NO_EDGES,
     ) -> None:
         self._topology = topology
         self._local = local
@@ -102,6 +104,7 @@ class Coordinator:
         self._clock = clock
         self._rng = rng
         self._limits = limits or CoordinatorLimits()
+        self._edges = edges
         self._known_groups: OrderedDict[str, str] = OrderedDict()
         self._fetches: SingleFlight[str, None] = SingleFlight()
         self.claims = Claims(topology=topology, log=log, transport=transport, write_here=self.write_here)
@@ -157,7 +160,7 @@ class Coordinator:
                 raise OutcomeUnknown(
                     f"durable in {1 + len(held)} regions, {1 + others} were asked for; retry with the same ids"
                 )
-        if written.narrowed and self._topology.peers:
+        if written.narrowed:
             return await self._await_narrowing(write.thread_id, written)
         return written
 
@@ -173,13 +176,17 @@ class Coordinator:
             )
 
     async def _await_narrowing(self, thread_id: str, written: Written) -> Written:
-        """A deletion or narrower visibility is answered when every reachable region applied it, or late."""
+        """A deletion or narrower visibility is answered when every reachable region applied it, or late, and when no
+        edge of this one serves what was before."""
         reachable = self._replicator.reachable()
-        held = await self._replicator.confirmations(
-            thread_id,
-            written.version.v,
-            enough=lambda confirmed: confirmed >= reachable,
-            seconds_max=self._limits.pending_wait_s,
+        held, _ = await asyncio.gather(
+            self._replicator.confirmations(
+                thread_id,
+                written.version.v,
+                enough=lambda confirmed: confirmed >= reachable,
+                seconds_max=self._limits.pending_wait_s,
+            ),
+            self._edges.dropped(written.position),
         )
         pending = tuple(region for region in self._topology.peers if region not in held)
         return msgspec.structs.replace(written, pending=pending)
@@ -242,7 +249,11 @@ class Coordinator:
         except PeerRefused as error:
             raise Unavailable(str(error)) from error
         await self._apply_answer(answer, group.holder)
-        return await self._complete(answer, write.thread_id)
+        written = await self._complete(answer, write.thread_id)
+        if written.narrowed:
+            # The holder has waited for its own edges, and for ours only if replication came before this answer.
+            await self._edges.dropped(written.position)
+        return written
 
     async def _apply_answer(self, answer: ForwardAnswer, source: str) -> None:
         if await self._apply(answer.delta, answer.group, source):

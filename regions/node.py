@@ -22,6 +22,7 @@ from origin.feed import Feed
 from origin.store import base
 from origin.writer import QUEUE_DEADLINE_S, QUEUE_MAX, BatchedWriter, Engine
 from regions.coordinator import Coordinator, CoordinatorLimits
+from regions.followers import LEASE_S, Followers
 from regions.peer_client import PeerTransport
 from regions.peer_service import PeerService
 from regions.replication_target import ReplicationLimits
@@ -43,6 +44,7 @@ class NodeLimits(msgspec.Struct, frozen=True):
     queue_max: int = QUEUE_MAX
     queue_deadline_s: float = QUEUE_DEADLINE_S
     feed_rows_max: int = 1_000_000
+    edge_lease_s: float = LEASE_S
 
 
 class Node(msgspec.Struct):
@@ -52,6 +54,7 @@ class Node(msgspec.Struct):
     engine: Engine
     writer: BatchedWriter
     feed: Feed
+    followers: Followers
     replicator: Replicator
     coordinator: Coordinator
     service: PeerService
@@ -77,6 +80,7 @@ async def open_node(
         feed = Feed(engine, clock)
         await feed.start()
         stack.push_async_callback(feed.stop)
+        followers = Followers(feed, clock, lease_s=limits.edge_lease_s)
         replicator = Replicator(
             topology=topology,
             log=engine,
@@ -103,14 +107,21 @@ async def open_node(
             clock=clock,
             rng=rng,
             limits=limits.coordinator,
+            edges=followers,
         )
         stack.push_async_callback(coordinator.close)
         service = PeerService(
-            topology=topology, log=engine, writer=writer, coordinator=coordinator, replicator=replicator, feed=feed
+            topology=topology,
+            log=engine,
+            writer=writer,
+            coordinator=coordinator,
+            replicator=replicator,
+            feed=feed,
+            edges=followers,
         )
         trim = asyncio.create_task(_trim(writer, limits.feed_rows_max, clock), name="trim")
         stack.push_async_callback(_cancel, trim)
-        yield Node(topology, engine, writer, feed, replicator, coordinator, service)
+        yield Node(topology, engine, writer, feed, followers, replicator, coordinator, service)
 
 
 async def _trim(writer: BatchedWriter, feed_rows_max: int, clock: Clock) -> None:

@@ -8,7 +8,7 @@ answer carries a token that proves who gave it. Messages are `regions.peer_wire`
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any, Final
 
 import msgspec
@@ -31,6 +31,7 @@ from infra.trace import current_trace_id
 from origin.feed import Feed, feed_line
 from origin.store.base import ReplicaLog, StoreError
 from origin.writer import BatchedWriter
+from regions.followers import Followers
 from regions.peer_service import Handler, PeerService
 from regions.peer_wire import CONTENT_TYPE, Envelope, to_fault
 from regions.replicator import Replicator, statistics_json
@@ -38,6 +39,8 @@ from regions.topology import CONFIG_VERSION, Topology
 
 MESSAGE_BYTES_MAX: Final = 64 * 1024 * 1024
 """A delta holds at least one entry, and a message may have 16 MiB."""
+FOLLOWER_CHARS_MAX: Final = 64
+CONFIRMATION_BYTES_MAX: Final = 4_096
 
 
 class PeerApi:
@@ -52,6 +55,7 @@ class PeerApi:
         service: PeerService,
         replicator: Replicator,
         feed: Feed,
+        followers: Followers,
         signer: IdentitySigner,
         verifier: IdentityVerifier,
         lifecycle: Lifecycle,
@@ -63,6 +67,7 @@ class PeerApi:
         self._service = service
         self._replicator = replicator
         self._feed = feed
+        self._followers = followers
         self._signer = signer
         self._verifier = verifier
         self._lifecycle = lifecycle
@@ -75,6 +80,7 @@ class PeerApi:
             router.add_post(path, self._message(type_, answer))
         router.add_get("/peer/status", self._status)
         router.add_get("/peer/feed", self._follow)
+        router.add_post("/peer/feed/confirm", self._confirm)
 
     # ------------------------------------------------------------ who is there
 
@@ -163,25 +169,54 @@ class PeerApi:
             "bytes_on_disk": held.bytes_on_disk,
             "peers": statistics_json(self._replicator.statistics(), backlogs),
             "writer": _plain(self._writer.statistics()),
+            "edges": _plain(self._followers.statistics()),
             "pool": _plain(self._pool_statistics()) if self._pool_statistics is not None else None,
         }
 
     async def _follow(self, request: web.Request) -> web.StreamResponse:
-        """The change feed as lines of JSON, for edges: it never ends by itself."""
+        """The change feed as lines of JSON, for edges: it never ends by itself.
+
+        An edge that keeps copies names itself (`follower`) and confirms what it dropped at `/peer/feed/confirm`.
+        """
         caller = self._caller(request, "region", "edge", "operator")
         after = request.query.get("after", "")
         if after and not (after.isascii() and after.isdigit() and len(after) <= 18):
             raise Problem(400, "bad-position", f"after: {after[:40]!r} is not a position of the feed")
+        name = request.query.get("follower", "")
+        if len(name) > FOLLOWER_CHARS_MAX:
+            raise Problem(400, "bad-follower", f"follower: longer than {FOLLOWER_CHARS_MAX} characters")
+        known: AbstractContextManager[None] = nullcontext()
+        if name and caller.role == "edge":
+            known = self._followers.following(caller.issuer, name)
         response = web.StreamResponse(
             headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store", **self._proof(caller)}
         )
         await response.prepare(request)
         follower = self._feed.follow(int(after) if after else None, request.query.get("incarnation"))
-        async with aclosing(follower) as items:
-            async for item in items:
-                line = feed_line(item, region=self._topology.region, incarnation=self._log.incarnation)
-                await response.write(line)
+        with known:
+            async with aclosing(follower) as items:
+                async for item in items:
+                    line = feed_line(item, region=self._topology.region, incarnation=self._log.incarnation)
+                    await response.write(line)
         return response
+
+    async def _confirm(self, request: web.Request) -> web.Response:
+        """An edge has dropped what changes up to a position made stale: it may go on serving from memory."""
+        caller = self._caller(request, "edge")
+        data = await _body(request, CONFIRMATION_BYTES_MAX)
+        try:
+            said = msgspec.json.decode(data, type=_Confirmation)
+        except msgspec.MsgspecError as error:
+            raise Problem(400, "peer-message", f"the confirmation can't be read: {error}") from None
+        grant = self._followers.confirm(caller.issuer, said.follower, said.position)
+        return web.Response(
+            body=msgspec.json.encode(grant), content_type="application/json", headers=self._proof(caller)
+        )
+
+
+class _Confirmation(msgspec.Struct, frozen=True):
+    follower: str
+    position: int
 
 
 class _Wire(msgspec.Struct):

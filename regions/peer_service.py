@@ -17,6 +17,7 @@ from origin.store.base import ApplyAnswer, ReplicaLog, StoreError
 from origin.thread import ClaimBody
 from origin.writer import BatchedWriter
 from regions.coordinator import Coordinator
+from regions.followers import Edges
 from regions.peer_wire import (
     ClaimAnswer,
     ClaimMany,
@@ -53,6 +54,7 @@ class PeerService:
         coordinator: Coordinator,
         replicator: Replicator,
         feed: Feed,
+        edges: Edges,
     ) -> None:
         self._topology = topology
         self._log = log
@@ -60,6 +62,7 @@ class PeerService:
         self._coordinator = coordinator
         self._replicator = replicator
         self._feed = feed
+        self._edges = edges
         self.handlers: dict[str, tuple[type[Envelope], Handler]] = {
             "/peer/hello": (Hello, self._hello),
             "/peer/replicate": (Replicate, self._replicate),
@@ -92,6 +95,10 @@ class PeerService:
         outcomes = await self._writer.submit_many(
             [base.ApplyDelta(message.group, message.epoch, message.region, delta) for delta in message.threads]
         )
+        if any(delta.access is not None for delta in message.threads):
+            # To its holder this answer says that the thread can't be read here any more; so it can't from an edge.
+            _, position = await self._log.feed_bounds()
+            await self._edges.dropped(position)
         return ReplicateAnswer(
             region=self._topology.region,
             incarnation=self._log.incarnation,

@@ -125,6 +125,11 @@ class FakeRegion:
         self.feed_open = True
         self.forgets = False
         self.beating = True
+        self.lease_s = 3.0
+        self.confirmed: list[int] = []
+        self.before_grant = asyncio.Event()
+        """Cleared, a confirmation is taken and its answer held back."""
+        self.before_grant.set()
         self.server_header: Callable[[str], str] = self.signer.service_token
         self.threads: list[dict[str, Any]] = []
         self.listings = 0
@@ -132,6 +137,7 @@ class FakeRegion:
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_get("/peer/feed", self._feed)
+        app.router.add_post("/peer/feed/confirm", self._confirm)
         app.router.add_route("*", "/{tail:.*}", self._answer)
         return app
 
@@ -207,6 +213,14 @@ class FakeRegion:
                 await response.write(line)
         finally:
             self.feeds.discard(queue)
+
+    async def _confirm(self, request: web.Request) -> web.Response:
+        caller = self.verifier.verify(request.headers.get(IDENTITY_HEADER, ""))
+        said = await request.json()
+        self.confirmed.append(said["position"])
+        grant = {"position": self.position, "lease_s": self.lease_s}
+        await self.before_grant.wait()
+        return web.json_response(grant, headers={SERVER_IDENTITY_HEADER: self.server_header(caller.issuer)})
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.begun.append(request.raw_path)

@@ -23,6 +23,7 @@ EVE = Principal("i", "eve")
 
 class ScriptedFeed:
     def __init__(self) -> None:
+        self.incarnation = "one"
         self.position = 0
         self.is_live = True
 

@@ -215,16 +215,30 @@ async def test_internal_threads_are_nobodys_news(region: Region):
     assert reader.threads == late.threads == [T1]
 
 
-async def test_a_heartbeat_each_second_says_how_far_the_follower_has_everything(region: Region):
+async def test_a_heartbeat_each_half_second_says_how_far_the_follower_has_everything(region: Region):
     await region.write(create(T1), create(T2, BOB))
     reader = Reader(region, 0, of_owner(ANN.issuer, "ann"))
     await settle()
-    await region.clock.advance(3.2)
+    await region.clock.advance(1.7)
     beats = [item for item in reader.items if isinstance(item, Heartbeat)]
     assert beats == [Heartbeat(2)] * 3
     await region.write(append(T2, message("m"), actor=BOB))
     await region.clock.advance(1)
     assert reader.items[-1] == Heartbeat(3)
+
+
+async def test_a_heartbeat_may_be_asked_for_and_comes_when_all_up_to_there_was_handed_over(region: Region):
+    reader, other = Reader(region, 0), Reader(region, 0, of_thread(T1))
+    await settle()
+    region.feed.beat(1)
+    await settle()
+    assert not any(isinstance(item, Heartbeat) for item in reader.items)
+    await region.write(create(T1))
+    assert reader.items[-1] == Heartbeat(1)
+    region.feed.beat(1)
+    await settle()
+    assert reader.items[-2:] == [Heartbeat(1)] * 2
+    assert not any(isinstance(item, Heartbeat) for item in other.items)
 
 
 async def test_a_busy_follower_gets_heartbeats_too(region: Region):
