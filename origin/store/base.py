@@ -265,7 +265,8 @@ class LogSlice(msgspec.Struct, frozen=True):
 
 
 class Change(msgspec.Struct, frozen=True):
-    """One position of a region's feed: entries first_seq…row.v of a thread were applied."""
+    """One position of a region's feed: entries first_seq…row.v of a thread were applied; or, where first_seq is
+    `MOVED`, entries that were here before gave way to another holder's log, which may be shorter."""
 
     position: int
     thread_id: str
@@ -277,6 +278,15 @@ class Change(msgspec.Struct, frozen=True):
     team: str | None
     visibility: str
     deleted: bool
+
+    @property
+    def moved(self) -> bool:
+        """True when who followed the thread has to read it anew."""
+        return self.first_seq == MOVED
+
+
+MOVED = 0
+"""`Change.first_seq` of a change that took entries out of the log."""
 
 
 class ThreadStore(Protocol):

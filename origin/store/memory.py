@@ -311,9 +311,9 @@ class MemoryStore:
             self._hold(row.id, access, None)
         touched = self._touched.get(row.id)
         if touched is None:
-            self._touched[row.id] = _Touched(thread, row, cut + 1, False)
+            self._touched[row.id] = _Touched(thread, row, base.MOVED, False)
         else:
-            touched.first_seq = min(touched.first_seq, cut + 1)
+            touched.first_seq = base.MOVED
 
     def _save(self, row: Row, entries: Iterable[Entry]) -> None:
         for entry in entries:
