@@ -119,7 +119,8 @@ class Coordinator:
             replayed = await self._log.replay(write.actor, write.idempotency)
             if replayed is not None:
                 if self._level(write) == "region":
-                    return replayed
+                    _, position = await self._log.feed_bounds()
+                    return msgspec.structs.replace(replayed, position=position)
                 # The first answer may have been given at a lower level: its thread's holder waits for this one.
                 write = msgspec.structs.replace(write, thread_id=replayed.row.id)
         group = await self._group_of(write)
@@ -356,10 +357,25 @@ class Coordinator:
         return await self._local.log(thread_id, actor, after, limit)
 
     async def list(self, query: ListQuery) -> Listing:
+        least = query.min_position
+        if least is not None and least.incarnation != self._log.incarnation:
+            await self._require_known(least)
+            # It numbers another region's feed. All that region had came from holders, and all they have now is more.
+            query = msgspec.structs.replace(query, min_position=None, consistency="origin")
         if query.consistency == "origin":
             holders = {group.holder for group in self._log.groups.values()} - {self._topology.region}
             await asyncio.gather(*(self._settle(holder) for holder in holders))
         return await self._local.list(query)
+
+    async def _require_known(self, position: base.Position) -> None:
+        """PositionLost when no store of this cluster gave it; Unavailable while not all of them are known."""
+        peers = self._log.peers
+        if position.incarnation in peers.values():
+            return
+        if any(region not in peers for region in self._topology.peers):
+            raise Unavailable("not every region has been met yet since this one was made")
+        _, newest = await self._log.feed_bounds()
+        raise base.PositionLost(base.Position(self._log.incarnation, newest))
 
     async def _settle(self, holder: str) -> None:
         """Wait until all that `holder` has committed by now is here."""

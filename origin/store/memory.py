@@ -24,6 +24,7 @@ from origin.store.memory_outbox import Outbox
 from origin.store.queries import (
     after_seq,
     check_freshness,
+    check_position,
     cut_page,
     decode_cursor,
     encode_cursor,
@@ -516,7 +517,7 @@ class MemoryStore:
         rows.sort(key=lambda row: (row.activity_us, row.id), reverse=True)
         page = tuple(rows[: query.limit])
         cursor = encode_cursor(query, page[-1]) if len(rows) > query.limit else None
-        return base.Listing(page, cursor, self._position)
+        return check_position(base.Listing(page, cursor, self._position), query, self.incarnation)
 
     async def log(self, thread_id: str, actor: Principal | None, after: int, limit: int) -> base.LogSlice:
         thread, row = self._readable(thread_id, actor)

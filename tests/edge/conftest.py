@@ -173,6 +173,10 @@ class FakeRegion:
         for queue in self.feeds:
             queue.put_nowait(line)
 
+    @property
+    def at(self) -> str:
+        return f"{self.incarnation}:{self.position}"
+
     def close_feeds(self) -> None:
         for queue in self.feeds:
             queue.put_nowait(None)
@@ -234,12 +238,12 @@ class FakeRegion:
             return await handler(request)
         if request.method == "GET" and request.path in ("/api/threads", "/api/threads/list"):
             return self._listing()
-        return web.json_response({"path": request.path}, headers={"X-Sync-Position": str(self.position)})
+        return web.json_response({"path": request.path}, headers={"X-Sync-Position": self.at})
 
     def _listing(self) -> web.Response:
         self.listings += 1
         page = {"threads": self.threads, "next_cursor": None, "has_more": False}
-        return web.json_response(page, headers={"X-Sync-Position": str(self.position), "ETag": f'"l{self.listings}"'})
+        return web.json_response(page, headers={"X-Sync-Position": self.at, "ETag": f'"l{self.listings}"'})
 
 
 @dataclass
