@@ -254,6 +254,7 @@ class Feed:
             cursor = await self._resume(after, incarnation)
             yield Hello(until if cursor is None else cursor, reset=cursor is None)
             cursor = until if cursor is None else cursor
+            named = self.incarnation
             while True:
                 # What the log holds up to `until`; everything behind that is queued meanwhile.
                 while cursor < until:
@@ -269,6 +270,11 @@ class Feed:
                 wake = await subscription.next()
                 if wake is None:
                     return
+                if named != self.incarnation:
+                    # The store lives on under another name; positions given under the old one mean nothing from now.
+                    named, cursor, until = self.incarnation, wake.position, wake.position
+                    yield Hello(cursor, reset=True)
+                    continue
                 for change in wake.changes:
                     if change.position > cursor:
                         cursor = change.position

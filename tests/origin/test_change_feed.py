@@ -13,7 +13,7 @@ import pytest
 from infra.identity import Principal
 from origin import feed as feed_module
 from origin.feed import EVERYTHING, Feed, Heartbeat, Hello, feed_line, of_owner, of_team, of_thread
-from origin.store.base import Change, StoreFailed, Trim, Write
+from origin.store.base import Change, Settle, StoreFailed, Trim, Write
 from origin.store.memory import MemoryStore
 from tests.support.builders import ANN, BOB, append, change, create, message, patch, user
 from tests.support.fakeclock import FakeClock, settle
@@ -119,6 +119,19 @@ async def test_the_right_incarnation_is_no_reset(region: Region):
     reader = Reader(region, 0, incarnation=region.store.incarnation)
     await settle()
     assert reader.items[0] == Hello(0, reset=False)
+
+
+async def test_a_store_that_gets_another_incarnation_resets_those_who_follow(region: Region):
+    await region.write(create(T1))
+    reader = Reader(region, 0, incarnation=region.store.incarnation)
+    await settle()
+    newer = "f" + region.store.incarnation[1:]
+    await region.store.commit([Settle("voter", incarnation=newer)])
+    await region.grow(T1, 1)
+    assert region.store.incarnation == newer
+    assert reader.items[-1] == Hello(2, reset=True)
+    await region.grow(T1, 1, start=1)
+    assert reader.positions == [1, 3]
 
 
 async def test_changes_committed_while_the_log_is_being_read_come_once_and_in_order(region: Region):
