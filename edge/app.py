@@ -24,7 +24,15 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from edge.auth import REALM, AuthProblem, TokenVerifier, TrustedIssuer, VerifiedToken
 from edge.balancer import Balancer
 from edge.feed import Feed
-from edge.headers import CACHE_STATUS, POSITION_HEADER, for_client, for_fill, for_origin
+from edge.headers import (
+    CACHE_STATUS,
+    MIN_POSITION_HEADER,
+    POSITION_HEADER,
+    for_client,
+    for_fill,
+    for_origin,
+    position_of,
+)
 from edge.jwks import FileSource, IssuerKeys, UrlSource
 from edge.listing import ENTRY_BYTES_MAX, PATHS, Ask, Fetched, Listings
 from edge.paths import Access, PathRules
@@ -233,11 +241,15 @@ class Edge:
         target = target_of(request)
         query = target.partition("?")[2]
         wants = _directives(request)
-        if "no-store" in wants or "consistency=" in query or "X-Sync-Min-Version" in request.headers:
+        # Of another region's feed, or of none, only our region can judge.
+        seen = request.headers.getall(MIN_POSITION_HEADER, [])
+        least = position_of(seen[0]) if len(seen) == 1 else None
+        foreign = bool(seen) and (least is None or least[0] != listings.incarnation)
+        if foreign or "no-store" in wants or "consistency=" in query or "X-Sync-Min-Version" in request.headers:
             return await self._pass(request, principal, cache_status="weft; fwd=request")
 
         async def fetch() -> Fetched:
-            headers = for_fill(identity=self._identity(principal))
+            headers = for_fill(identity=self._identity(principal), min_position=seen[0] if seen else "")
             body = bytearray()
             try:
                 async with self._upstream.exchange("GET", target, headers) as answer:
@@ -256,6 +268,7 @@ class Edge:
             path=path,
             query=query,
             refresh=bool({"no-cache", "max-age=0"} & wants),
+            min_position=least[1] if least is not None else 0,
             if_none_match=",".join(request.headers.getall("If-None-Match", ())),
         )
         answer = await listings.answer(ask, fetch)
@@ -274,9 +287,7 @@ class Edge:
             nonlocal answered
             answered = True
             if not 400 <= status < 500:
-                position = headers.get(POSITION_HEADER, "")
-                known = int(position) if position.isascii() and position.isdigit() else None
-                listings.wrote(principal, thread_id, known)
+                listings.wrote(principal, thread_id, position_of(headers.get(POSITION_HEADER, "")))
 
         try:
             return await self._pass(request, principal, on_answer=on_answer)

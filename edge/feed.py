@@ -1,13 +1,19 @@
 """The edge's ear at its region: follows the region's change feed and says whether it can be relied on right now.
 
 Promise: listeners hear of every change after the position they started from, in order, or are told to forget all they
-hold (`reset`); `live` is true only while the region has said within the lease that it has nothing more to tell, so a
-half-open connection, a stopped process, a replay after an outage and a feed that lags all count as not live.
-Left to others: what a change makes stale (`listing.py`), and what the region puts into the feed.
+hold (`reset`); what they dropped is confirmed to the region; `live` is true only under a lease that the region granted
+in answer to a confirmation, so a half-open connection, a stopped process, a replay after an outage and a feed that lags
+all count as not live. Left to others: what a change makes stale (`listing.py`), and what the region puts into the feed.
+
+The lease is counted from when the confirmation was *sent*, and only once the position that the grant names is passed.
+The region counts it from when the confirmation arrived, which is later, and waits that long before it tells an owner
+that a thread can't be seen any more: so we stop before it does. Counting from a line that was *received* loses: a
+process stopped for a minute finds that minute's heartbeats in its buffers, and each looks as fresh as the other.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import sys
@@ -37,12 +43,14 @@ class FeedLost(Exception):
     """The feed cannot be followed any further on this connection; the message says why."""
 
 
-LEASE_S: Final = 3.0
-"""How long after its last line the region still counts as heard; it sends one a second."""
+SILENCE_S: Final = 3.0
+"""How long after its last line the region still counts as heard; it sends two a second."""
+CONFIRM_TIMEOUT_S: Final = 2.0
 CONNECT_TIMEOUT_S: Final = 2.0
 RECONNECT_INITIAL_S: Final = 0.05
 RECONNECT_MAX_S: Final = 2.0
 PATH: Final = "/peer/feed"
+CONFIRM_PATH: Final = "/peer/feed/confirm"
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +84,13 @@ class Heartbeat(msgspec.Struct, frozen=True, tag_field="type", tag="heartbeat"):
     position: int
 
 
+class Grant(msgspec.Struct, frozen=True):
+    """Answer to a confirmation: a lease from when that was sent, good once everything up to `position` is dropped."""
+
+    position: int
+    lease_s: float
+
+
 class FeedListener(Protocol):
     """Who holds what a change makes stale. Both are called in the feed's order and must not fail."""
 
@@ -88,6 +103,11 @@ class FeedListener(Protocol):
 
 class FeedView(Protocol):
     """What a cache asks of the feed: `Feed`, or a test's own."""
+
+    @property
+    def incarnation(self) -> str:
+        """Of the region's store, which numbers positions; empty before it is known."""
+        ...
 
     @property
     def position(self) -> int: ...
@@ -106,6 +126,7 @@ class FeedStatistics:
     connects: int
     changes: int
     resets: int
+    grants: int
     last_error: str | None
 
 
@@ -123,7 +144,7 @@ class Feed:
         *,
         clock: Clock = SYSTEM_CLOCK,
         rng: Random | None = None,
-        lease_s: float = LEASE_S,
+        silence_s: float = SILENCE_S,
     ) -> None:
         if not urls:
             raise ValueError("a feed needs at least one url")
@@ -135,19 +156,29 @@ class Feed:
         self._listeners = list(listeners)
         self._clock = clock
         self._rng = rng or Random()
-        self._lease_s = lease_s
+        self._silence_s = silence_s
         self._incarnation: str | None = None
         """Whose positions ours are; None while there is nothing to resume from."""
         self._position = 0
         self._connected = False
-        self._current_at: float | None = None
-        """When the region last said that we know all it knows; a change alone does not say that it was the last."""
         self._heard_at: float | None = None
-        self._attempts = self._connects = self._changes = self._resets = 0
+        self._follower = ""
+        """Our name on this connection."""
+        self._to_confirm = asyncio.Event()
+        self._leased_until: float | None = None
+        """None before the first lease of a connection."""
+        self._granted: tuple[int, float] | None = None
+        """(position, until) of a lease that is good once the position is passed."""
+        self._greetings = 0
+        self._attempts = self._connects = self._changes = self._resets = self._grants = 0
         self._last_error: str | None = None
 
     def listen(self, listener: FeedListener) -> None:
         self._listeners.append(listener)
+
+    @property
+    def incarnation(self) -> str:
+        return self._incarnation or ""
 
     @property
     def position(self) -> int:
@@ -155,17 +186,19 @@ class Feed:
         return self._position
 
     def live(self) -> bool:
-        """Whether what was not dropped by now is as fresh as the lease promises."""
-        return self.trouble() is None
+        """Whether what was not dropped by now may be served: nobody was told yet that it changed."""
+        return self._leased_until is not None and self._clock.monotonic() < self._leased_until
 
     def trouble(self) -> str | None:
-        """Why the feed is not live; None when it is."""
+        """What an operator should know: why there is no lease, unless it only just ran out. None when all is well."""
         if not self._connected:
             return f"feed lost: {self._last_error or 'not connected yet'}"
-        if self._current_at is None:
-            return "feed catching up"
-        age = self._clock.monotonic() - self._current_at
-        return f"feed silent for {age:.1f} s" if age >= self._lease_s else None
+        if self._leased_until is None:
+            return f"feed catching up{f': {self._last_error}' if self._last_error else ''}"
+        late = self._clock.monotonic() - self._leased_until
+        if late < self._silence_s:
+            return None
+        return f"feed without a lease for {late:.1f} s{f': {self._last_error}' if self._last_error else ''}"
 
     def statistics(self) -> FeedStatistics:
         return FeedStatistics(
@@ -177,6 +210,7 @@ class Feed:
             connects=self._connects,
             changes=self._changes,
             resets=self._resets,
+            grants=self._grants,
             last_error=self._last_error,
         )
 
@@ -206,6 +240,9 @@ class Feed:
         """One connection. FeedLost if it never said hello, else a return when it is over."""
         url = self._urls[self._attempts % len(self._urls)]
         self._attempts += 1
+        self._follower = f"{self._rng.getrandbits(64):016x}"
+        self._to_confirm.clear()
+        confirming = asyncio.create_task(self._confirm_always(url))
         try:
             async with self._open(url) as lines:
                 message = await self._next(lines)
@@ -222,27 +259,78 @@ class Feed:
             log.warning("feed lost: %s", self._last_error, extra={"fields": {"position": self._position}})
         finally:
             self._connected = False
-            self._current_at = None
+            self._drop_lease()
+            confirming.cancel()
+            await asyncio.gather(confirming, return_exceptions=True)
 
     @asynccontextmanager
     async def _open(self, url: str) -> AsyncGenerator[aiohttp.StreamReader]:
-        headers = {
+        query = {"follower": self._follower}
+        if self._incarnation is not None:
+            query |= {"after": str(self._position), "incarnation": self._incarnation}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=self._silence_s)
+        async with self._session.get(
+            url + PATH, params=query, headers=self._headers(), allow_redirects=False, timeout=timeout
+        ) as answer:
+            self._check_server(url, answer)
+            yield answer.content
+
+    def _headers(self) -> dict[str, str]:
+        return {
             IDENTITY_HEADER: self._signer.service_token(f"region:{self._region}"),
             WIRE_HEADER: str(WIRE),
         }
-        query: dict[str, str] = {}
-        if self._incarnation is not None:
-            query = {"after": str(self._position), "incarnation": self._incarnation}
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=self._lease_s)
-        async with self._session.get(
-            url + PATH, params=query, headers=headers, allow_redirects=False, timeout=timeout
+
+    def _check_server(self, url: str, answer: aiohttp.ClientResponse) -> None:
+        if answer.status != 200:
+            raise FeedLost(f"{url} answered {answer.status}")
+        server = self._verifier.verify(answer.headers.get(SERVER_IDENTITY_HEADER, ""))
+        if (server.role, server.region) != ("region", self._region):
+            raise FeedLost(f"{url} is {server.issuer}, not region:{self._region}")
+
+    async def _confirm_always(self, url: str) -> None:
+        """Confirm what was dropped whenever that is due, until cancelled."""
+        while True:
+            await self._to_confirm.wait()
+            self._to_confirm.clear()
+            try:
+                await self._confirm(url)
+            except (FeedLost, aiohttp.ClientError, OSError, TimeoutError, IdentityError, msgspec.MsgspecError) as exc:
+                # Due again with the next heartbeat; the lease runs out meanwhile.
+                self._last_error = f"not confirmed: {exc or type(exc).__name__}"
+            except Exception:
+                log.exception("confirming to the region failed")
+
+    async def _confirm(self, url: str) -> None:
+        greetings = self._greetings
+        body = msgspec.json.encode({"follower": self._follower, "position": self._position})
+        sent_at = self._clock.monotonic()
+        async with self._session.post(
+            url + CONFIRM_PATH,
+            data=body,
+            headers=self._headers(),
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=CONFIRM_TIMEOUT_S),
         ) as answer:
-            if answer.status != 200:
-                raise FeedLost(f"{url} answered {answer.status}")
-            server = self._verifier.verify(answer.headers.get(SERVER_IDENTITY_HEADER, ""))
-            if (server.role, server.region) != ("region", self._region):
-                raise FeedLost(f"{url} is {server.issuer}, not region:{self._region}")
-            yield answer.content
+            self._check_server(url, answer)
+            grant = msgspec.json.decode(await answer.read(), type=Grant)
+        if greetings != self._greetings:
+            return  # told of a place that the feed has lost since
+        self._grants += 1
+        self._last_error = None
+        self._granted = (grant.position, sent_at + grant.lease_s)
+        self._take_lease()
+
+    def _take_lease(self) -> None:
+        """A lease counts from the moment its position is passed; the one before goes on until then."""
+        if self._granted is not None and self._position >= self._granted[0]:
+            until = self._granted[1]
+            self._leased_until = until if self._leased_until is None else max(self._leased_until, until)
+            self._granted = None
+
+    def _drop_lease(self) -> None:
+        self._greetings += 1
+        self._leased_until = self._granted = None
 
     async def _next(self, lines: aiohttp.StreamReader) -> Hello | Change | Heartbeat:
         """The next line of a kind we know; kinds of a newer region are skipped, broken lines are not."""
@@ -250,7 +338,7 @@ class Feed:
             try:
                 line = await lines.readline()
             except aiohttp.SocketTimeoutError as exc:
-                raise FeedLost(f"nothing heard for {self._lease_s:g} s") from exc
+                raise FeedLost(f"nothing heard for {self._silence_s:g} s") from exc
             except ValueError as exc:
                 raise FeedLost(f"a line that is too long: {exc}") from exc
             if not line:
@@ -271,9 +359,11 @@ class Feed:
                 for listener in self._listeners:
                     listener.changed(message)
                 self._position = max(self._position, message.position)
+                self._take_lease()
             case Heartbeat():
                 self._position = max(self._position, message.position)
-                self._current_at = self._clock.monotonic()
+                self._take_lease()
+                self._to_confirm.set()
 
     def _greeted(self, hello: Hello) -> None:
         if hello.region != self._region:
@@ -288,8 +378,8 @@ class Feed:
             for listener in self._listeners:
                 listener.reset()
             self._position, self._incarnation = hello.position, hello.incarnation
-        # Holding nothing we are current; else only once what was missed has been told, which a heartbeat says.
-        self._current_at = None if resumed else self._clock.monotonic()
+        self._drop_lease()
+        self._to_confirm.set()
         log.info("feed connected", extra={"fields": {"position": hello.position, "resumed": resumed}})
 
     def _waiting(self, event: RetryEvent) -> None:

@@ -17,7 +17,9 @@ from infra.identity import IDENTITY_HEADER, is_identity_header
 from infra.trace import current_trace
 
 POSITION_HEADER: Final = "X-Sync-Position"
-"""Of a region's answer: the feed position that includes it. For the edge only."""
+"""Of a region's answer: the feed position that includes it, `incarnation:number`."""
+MIN_POSITION_HEADER: Final = "X-Sync-Min-Position"
+"""Of a client's request for a listing: the answer may be no older than this position."""
 CACHE_STATUS: Final = "Cache-Status"
 VIA: Final = "1.1 weft"
 
@@ -39,7 +41,9 @@ HOP_BY_HOP: Final = frozenset(
 _REWRITTEN: Final = frozenset(
     {"host", "expect", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "via", "traceparent"}
 )
-_SPOOFABLE: Final = frozenset({"remote-email", "remote-groups", "remote-name", "remote-user", "x-sync-position"})
+_SPOOFABLE: Final = frozenset({"remote-email", "remote-groups", "remote-name", "remote-user"})
+_ANSWERED: Final = POSITION_HEADER.lower()
+"""Means something in an answer, and is nothing that a client could state."""
 _SPOOFABLE_PREFIXES: Final = ("x-weft-", "x-auth-request-", "x-remote-")
 
 
@@ -47,6 +51,14 @@ def claims_identity(name: str) -> bool:
     """Whether a header of this name is ever to be taken from a client."""
     plain = name.lower().replace("_", "-")
     return plain.startswith(_SPOOFABLE_PREFIXES) or plain in _SPOOFABLE or is_identity_header(plain)
+
+
+def position_of(text: str) -> tuple[str, int] | None:
+    """(incarnation, number) of a position as it stands in a header; None when it is none."""
+    incarnation, _, number = text.rpartition(":")
+    if not incarnation or not (number.isascii() and number.isdigit() and len(number) <= 18):
+        return None
+    return incarnation, int(number)
 
 
 def for_origin(request: web.BaseRequest, *, identity: str | None, keep_authorization: bool = False) -> CIMultiDict[str]:
@@ -62,6 +74,8 @@ def for_origin(request: web.BaseRequest, *, identity: str | None, keep_authoriza
             continue
         if lower == "authorization" and not keep_authorization:
             continue
+        if lower.replace("_", "-") == _ANSWERED:
+            continue
         headers.add(name, value)
     if request.remote:
         earlier = request.headers.getall("X-Forwarded-For", [])
@@ -73,9 +87,11 @@ def for_origin(request: web.BaseRequest, *, identity: str | None, keep_authoriza
     return headers
 
 
-def for_fill(*, identity: str | None) -> CIMultiDict[str]:
+def for_fill(*, identity: str | None, min_position: str = "") -> CIMultiDict[str]:
     """The headers of a request that the edge makes for its own cache, on behalf of whoever `identity` names."""
     headers: CIMultiDict[str] = CIMultiDict({"Accept": "application/json", "Via": VIA})
+    if min_position:
+        headers[MIN_POSITION_HEADER] = min_position
     _describe(headers, identity)
     return headers
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ class Ask:
     """As it came."""
     refresh: bool = False
     """The client wants to hear it from the region (Cache-Control: no-cache)."""
+    min_position: int = 0
+    """The client has seen what the region's feed tells up to here."""
     if_none_match: str = ""
 
 
@@ -147,15 +150,17 @@ class Listings:
             return "weft; fwd=bypass; detail=feed-lost"
         key = (ask.principal, ask.path, canonical_query(ask.query))
         forward = "request"
+        # The feed has not told yet of something the client knows: what others have under way may be from before it.
+        alone = ask.refresh or self._feed.position < ask.min_position
         if not ask.refresh:
             forward = "uri-miss"
             page = self._pages.get(key, self._clock.monotonic())
-            if page is not None and self._feed.position >= self._written.get(ask.principal):
+            if page is not None and self._feed.position >= max(self._written.get(ask.principal), ask.min_position):
                 self._asked.labels("hit").inc()
                 return self._hit(page, ask)
             if page is not None:
                 forward = "stale"
-        page, joined = await self._fill(key, fetch, alone=ask.refresh)
+        page, joined = await self._fill(key, fetch, alone=alone)
         self._asked.labels("joined" if joined else "miss").inc()
         if page.body is None:
             return f"weft; fwd={forward}; detail=too-large"
@@ -178,14 +183,22 @@ class Listings:
         self._forgotten.labels("reset").inc(len(self._pages))
         self._pages.clear()
 
-    def wrote(self, principal: Principal, thread_id: str | None, position: int | None) -> None:
-        """A write of `principal` was answered, or may have happened; `position` is the feed's that includes it."""
+    @property
+    def incarnation(self) -> str:
+        """Whose positions are understood here."""
+        return self._feed.incarnation
+
+    def wrote(self, principal: Principal, thread_id: str | None, position: tuple[str, int] | None) -> None:
+        """A write of `principal` was answered, or may have happened; `position` (incarnation, number) is the feed's
+        that includes it."""
         tags = list(principal_tags(principal))
         if thread_id is not None:
             tags.append(thread_tag(thread_id))
         self._drop(tags, "write")
         if position is not None:
-            self._written.raise_to(principal, position)
+            incarnation, number = position
+            # Of a store that replaced the one whose feed we follow: passed by the reset that must come, not before.
+            self._written.raise_to(principal, number if incarnation == self._feed.incarnation else sys.maxsize)
 
     def statistics(self) -> CacheStatistics:
         return self._pages.statistics()

@@ -42,6 +42,7 @@ DESCRIPTION: Final = "Threads of AI coding assistants, stored once and read ever
 
 _Tag = Annotated[str, Meta(description='entity tags such as "1.7", or *')]
 _VersionText = Annotated[str, Meta(pattern=r"^\d{1,15}\.\d{1,15}$")]
+_PositionText = Annotated[str, Meta(pattern=r"^[0-9A-Za-z-]{1,64}:\d{1,18}$")]
 _Key = Annotated[str, Meta(min_length=1, max_length=IDEMPOTENCY_KEY_CHARS_MAX)]
 _ThreadsLimit = Annotated[int, Meta(ge=1, le=THREADS_MAX)]
 _MessagesLimit = Annotated[int, Meta(ge=1, le=PAGE_MESSAGES_MAX)]
@@ -57,6 +58,11 @@ CONSISTENCY: Final = Param(
 MIN_VERSION: Final = Param(
     "X-Sync-Min-Version", "header", _VersionText, "Do not answer from before this version (epoch.v).", example="1.7"
 )
+MIN_POSITION: Final = Param(
+    "X-Sync-Min-Position", "header", _PositionText,
+    "Do not answer from before this: X-Sync-Position of a write or of another listing, also another region's.",
+    example="019ab0c4e2d1a7c1f0b3d5e79a2c4e6f:42",
+)  # fmt: skip
 IF_NONE_MATCH: Final = Param("If-None-Match", "header", _Tag, "304 when the client has this already.")
 LISTING: Final = (
     Param("limit", "query", _ThreadsLimit, f"Threads per page: 50 by default, at most {THREADS_MAX}."),
@@ -64,6 +70,7 @@ LISTING: Final = (
     Param("scope", "query", Literal["mine", "team"], "mine: the caller's own (default); team: shared with the team."),
     Param("archived", "query", Literal["true", "false", "any"], "false by default."),
     CONSISTENCY,
+    MIN_POSITION,
     IF_NONE_MATCH,
 )
 PAGE: Final = (
@@ -85,8 +92,10 @@ PREFER: Final = Param("Prefer", "header", str, "return=minimal leaves out what t
 RESUME: Final = Param("Last-Event-ID", "header", str, "The id of the last event received: all later ones follow.")
 
 SYNC_HEADERS: Final = ("X-Sync-Version", "X-Origin-Region", "X-Served-Region")
-WRITTEN_HEADERS: Final = (*SYNC_HEADERS, "X-Sync-Pending")
-LISTED: Final = Answer(200, "A page of threads.", Threads, headers=("ETag", "Link", "X-Served-Region"))
+WRITTEN_HEADERS: Final = (*SYNC_HEADERS, "X-Sync-Position", "X-Sync-Pending")
+LISTED: Final = Answer(
+    200, "A page of threads.", Threads, headers=("ETag", "Link", "X-Served-Region", "X-Sync-Position")
+)
 UNCHANGED: Final = Answer(304, "The client has it already.")
 STREAM: Final = Answer(
     200,
@@ -292,6 +301,7 @@ def add_thread_api(
         mint=mint,
         region=region,
         holder_of=holder_of,
+        incarnation=lambda: feed.incarnation,
         clock=clock,
         openapi=described,
         reference=reference((*ROUTES, *BESIDE), described, title=f"{TITLE} API"),

@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from origin.requests import invalid
-from origin.store.base import Durability, Freshness, Idempotency
+from origin.store.base import Durability, Freshness, Idempotency, Position
 from origin.thread import Version
 
 Consistency = Literal["local", "origin"]
@@ -24,6 +24,8 @@ Consistency = Literal["local", "origin"]
 VERSION_HEADER: Final = "X-Sync-Version"
 MIN_VERSION_HEADER: Final = "X-Sync-Min-Version"
 DURABILITY_HEADER: Final = "X-Sync-Durability"
+POSITION_HEADER: Final = "X-Sync-Position"
+MIN_POSITION_HEADER: Final = "X-Sync-Min-Position"
 IDEMPOTENCY_HEADER: Final = "Idempotency-Key"
 IDEMPOTENCY_KEY_CHARS_MAX: Final = 200
 
@@ -86,6 +88,17 @@ def freshness(request: web.Request) -> Freshness:
     """How new an answer must be: `?consistency=` and X-Sync-Min-Version."""
     least, wanted = _version(request, MIN_VERSION_HEADER), consistency(request)
     return _ALWAYS if least is None and wanted == "local" else Freshness(least, wanted)
+
+
+def min_position(request: web.Request) -> Position | None:
+    """A listing may not be older than this: what X-Sync-Position said of a write or of another listing."""
+    text = header(request, MIN_POSITION_HEADER)
+    if text is None:
+        return None
+    try:
+        return Position.parse(text)
+    except ValueError as error:
+        raise invalid(MIN_POSITION_HEADER, str(error)) from None
 
 
 def cursor(request: web.Request, name: str = "after") -> str | None:

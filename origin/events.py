@@ -98,13 +98,20 @@ class Encoder:
             return batch
         return await self._flights.do(key, lambda: self._read(thread_id, after, head))
 
+    async def head(self, thread_id: str) -> Version | None:
+        """The thread's version here and now; None: no such thread."""
+        row = await self._log.row(thread_id)
+        return None if row is None else row.version
+
     async def _read(self, thread_id: str, after: int, head: Version) -> Batch | None:
         found = await self._log.slice(thread_id, after, bytes_max=SLICE_BYTES_MAX)
         if found is None:
             return None
         batch = encode_batch(thread_id, found, head)
-        if batch.through.v <= after:
-            return batch  # the log here has not got there yet: not an answer to remember
+        if batch.through.v <= after or found.row.epoch_at(head.v) != head.epoch:
+            # The log here has not got to `head` yet, or has lost it to another holder's: no answer to remember. One
+            # kept from between two failovers would be sent as what lies before the same `head` come back.
+            return batch
         size = 512 + 2 * sum(len(event) + 64 for _, event in batch.events)
         self._batches.put((thread_id, after, head), batch, size)
         return batch
@@ -275,7 +282,8 @@ class EventStreams:
                         # More changes than are queued: what they did to access is asked of the store.
                         reader.head = (await self._readable(thread_id, actor)).version
                     if wake.changes:
-                        going = await reader.changed(wake.changes[-1])
+                        moved = any(change.moved for change in wake.changes)
+                        going = await reader.changed(wake.changes[-1], moved=moved)
                     else:
                         going = await reader.advance(late=wake.tick)
                     if wake.tick and going:
@@ -318,7 +326,10 @@ class EventStreams:
     async def _send_change(self, out: Outlet, actor: Principal, change: Change, event_id: str) -> None:
         """All entries of a change. Only its last event carries the cursor: cut in between, it comes again whole."""
         readable = may_follow(change, actor)
-        at = change.first_seq - 1
+        if change.moved and readable and not change.deleted:
+            await out.send(reset_event(change.thread_id, change.version, event_id))
+            return
+        at = max(change.first_seq, 1) - 1
         while at < change.last_seq:
             batch = await self._encoder.batch(change.thread_id, at, change.version)
             if batch is None or batch.through.v <= at:
@@ -373,17 +384,23 @@ class ThreadReader:
         await self._out.send(opening)
         return await self.advance(late=False)
 
-    async def changed(self, change: Change) -> bool:
-        """Go on to a change. False when it was the last the reader gets."""
+    async def changed(self, change: Change, *, moved: bool) -> bool:
+        """Go on to a change, or to the last of several. False when it was the last the reader gets.
+
+        `moved`: entries were taken out of the log, which may be shorter now, and of an older epoch.
+        """
         if not may_follow(change, self._actor):
             await self._out.send(gone_event(self._thread_id) + b"\n")
             return False
         if change.deleted:
             await self._out.send(b"%bid: %b\n\n" % (deleted_event(change), str(change.version).encode()))
             return False
-        # A change queued before the log was first read may be older than what was read.
-        self.head = max(self.head, change.version)
-        return await self.advance(late=False)
+        self.head = change.version if change.version > self.head else await self._head_now(change)
+        return await self.advance(late=moved)
+
+    async def _head_now(self, change: Change) -> Version:
+        """The change was queued before the log was read, or is of a log that was cut: only the log can tell."""
+        return await self._encoder.head(self._thread_id) or change.version
 
     async def advance(self, *, late: bool) -> bool:
         """Send what lies between cursor and head. A cursor that is ahead is reset once it is `late`."""

@@ -27,8 +27,8 @@ QUEUE_MAX: Final = 256
 READ_MAX: Final = 1_000
 LATEST_MAX: Final = 8_192
 """Threads whose newest change is remembered, to tell slow followers what became of a thread since."""
-HEARTBEAT_S: Final = 1.0
-TICK_S: Final = 0.5
+HEARTBEAT_S: Final = 0.5
+TICK_S: Final = 0.25
 RETRY_S: Final = 0.5
 
 Interest = tuple[str, ...]
@@ -161,6 +161,7 @@ class Feed:
         self._latest: OrderedDict[str, Change] = OrderedDict()
         self._forgotten = 0
         self._committed = asyncio.Event()
+        self._beat_at = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._ended = False
         self._dispatched = 0
@@ -205,6 +206,11 @@ class Feed:
         """There may be new changes in the log. Cheap, and never too often."""
         self._committed.set()
 
+    def beat(self, position: int) -> None:
+        """A heartbeat for those who follow everything, as soon as all up to `position` was handed out."""
+        self._beat_at = max(self._beat_at, position)
+        self._beat()
+
     def end(self) -> None:
         """End every follower now and to come: the process drains, and they shall go elsewhere."""
         self._ended = True
@@ -248,6 +254,7 @@ class Feed:
             cursor = await self._resume(after, incarnation)
             yield Hello(until if cursor is None else cursor, reset=cursor is None)
             cursor = until if cursor is None else cursor
+            named = self.incarnation
             while True:
                 # What the log holds up to `until`; everything behind that is queued meanwhile.
                 while cursor < until:
@@ -263,6 +270,11 @@ class Feed:
                 wake = await subscription.next()
                 if wake is None:
                     return
+                if named != self.incarnation:
+                    # The store lives on under another name; positions given under the old one mean nothing from now.
+                    named, cursor, until = self.incarnation, wake.position, wake.position
+                    yield Hello(cursor, reset=True)
+                    continue
                 for change in wake.changes:
                     if change.position > cursor:
                         cursor = change.position
@@ -304,6 +316,7 @@ class Feed:
                     for change in changes:
                         self._dispatch(change)
                     full = len(changes) == READ_MAX
+                self._beat()
             except (StoreError, OSError) as error:
                 log.warning("the feed could not be read, trying again: %s", error)
                 await self._clock.sleep(RETRY_S)
@@ -320,6 +333,12 @@ class Feed:
         for key in _keys(change):
             for subscription in self._by_interest.get(key, ()):
                 self._overflowed += not subscription.offer(change)
+
+    def _beat(self) -> None:
+        if 0 < self._beat_at <= self._position:
+            self._beat_at = 0
+            for subscription in self._by_interest.get(EVERYTHING, ()):
+                subscription.tick()
 
     async def _ticks(self) -> None:
         while True:

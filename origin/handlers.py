@@ -42,6 +42,7 @@ from origin.requests import (
 from origin.store.base import (
     Draft,
     ListQuery,
+    Position,
     StaleVersion,
     StoreError,
     ThreadExists,
@@ -79,6 +80,7 @@ class ThreadHandlers:
         mint: IdMint,
         region: str,
         holder_of: Callable[[Row], str],
+        incarnation: Callable[[], str],
         clock: Clock,
         openapi: bytes,
         reference: bytes,
@@ -90,6 +92,7 @@ class ThreadHandlers:
         self._mint = mint
         self._region = region
         self._holder_of = holder_of
+        self._incarnation = incarnation
         self._clock = clock
         self._openapi = openapi
         self._reference = reference
@@ -153,13 +156,14 @@ class ThreadHandlers:
             cursor=conditions.parameter(request, "cursor") or None,
             text=text,
             consistency=conditions.consistency(request),
+            min_position=conditions.min_position(request),
         )
         listing = await self._store.list(query)
         headers = {
             "Content-Type": "application/json",
             "Cache-Control": PRIVATE,
             "X-Served-Region": self._region,
-            "X-Sync-Position": str(listing.position),
+            conditions.POSITION_HEADER: self._position(listing.position),
         }
         if listing.next_cursor is not None:
             following = request.rel_url.update_query(cursor=listing.next_cursor)
@@ -283,6 +287,9 @@ class ThreadHandlers:
 
     # ------------------------------------------------------------ what they share
 
+    def _position(self, number: int) -> str:
+        return str(Position(self._incarnation(), number))
+
     def _now(self) -> str:
         return rfc3339(int(self._clock.time() * 1_000) * 1_000)
 
@@ -359,7 +366,7 @@ class ThreadHandlers:
     def _written_headers(self, written: Written, version: Version) -> dict[str, str]:
         headers = self._sync_headers(written.row)
         headers["X-Sync-Version"] = str(version)
-        headers["X-Sync-Position"] = str(written.position)
+        headers[conditions.POSITION_HEADER] = self._position(written.position)
         if written.pending:
             headers["X-Sync-Pending"] = ", ".join(written.pending)
         return headers

@@ -25,6 +25,7 @@ from origin.store.base import (
     NotAllowed,
     NotHolder,
     OutcomeUnknown,
+    PositionLost,
     Recovering,
     StaleVersion,
     StoreBusy,
@@ -103,6 +104,18 @@ def _moved(exc: StoreError) -> Problem:
     )
 
 
+def _position_lost(exc: StoreError) -> Problem:
+    assert isinstance(exc, PositionLost)
+    current = str(exc.current)
+    return Problem(
+        409,
+        "reset",
+        "The position is of a store that was replaced since: what was seen there may not be here. Go on without it.",
+        headers={"X-Sync-Position": current},
+        extra={"current_position": current},
+    )
+
+
 def _conflict(exc: StoreError) -> Problem:
     assert isinstance(exc, EntryConflict)
     return Problem(
@@ -138,6 +151,7 @@ _TABLE: Final[Mapping[type, Callable[[StoreError], Problem]]] = {
     BadCursor: _field("bad-cursor", "cursor"),
     BadQuery: _field("bad-query", "q"),
     Moved: _moved,
+    PositionLost: _position_lost,
     StoreBusy: _later(503, "busy", 1.0),
     Unavailable: _later(503, "unavailable", 1.0),
     Behind: _later(503, "behind", 1.0),

@@ -49,6 +49,7 @@ from origin.thread import ClaimBody, CreateBody, Entry, Row, encode
 from regions.adoption import FETCH_BYTES_MAX, FETCH_SECONDS_MAX
 from regions.claims import Claims
 from regions.failover import Failover
+from regions.followers import NO_EDGES, Edges
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import (
     HOPS_MAX,
@@ -104,6 +105,7 @@ class Coordinator:
         clock: Clock,
         rng: random.Random,
         limits: CoordinatorLimits | None = None,
+        edges: Edges = NO_EDGES,
     ) -> None:
         self._topology = topology
         self._local = local
@@ -114,6 +116,7 @@ class Coordinator:
         self._clock = clock
         self._rng = rng
         self._limits = limits or CoordinatorLimits()
+        self._edges = edges
         self._known_groups: OrderedDict[str, str] = OrderedDict()
         self._fetches: SingleFlight[str, None] = SingleFlight()
         self.claims = Claims(topology=topology, log=log, transport=transport, write_here=self.write_here)
@@ -134,7 +137,8 @@ class Coordinator:
             replayed = await self._log.replay(write.actor, write.idempotency)
             if replayed is not None:
                 if self._level(write) == "region":
-                    return replayed
+                    _, position = await self._log.feed_bounds()
+                    return msgspec.structs.replace(replayed, position=position)
                 # The first answer may have been given at a lower level: its thread's holder waits for this one.
                 write = msgspec.structs.replace(write, thread_id=replayed.row.id)
         group = await self._group_of(write)
@@ -169,7 +173,7 @@ class Coordinator:
             await self._await_others(written.row, written.version.v, self._others(level))
         if self._failover.needs_lease and not self._failover.has_lease(group):
             raise OutcomeUnknown(f"another region may hold group {group} by now; retry with the same ids")
-        if written.narrowed and self._topology.peers:
+        if written.narrowed:
             return await self._await_narrowing(write.thread_id, written)
         return written
 
@@ -227,14 +231,18 @@ class Coordinator:
             )
 
     async def _await_narrowing(self, thread_id: str, written: Written) -> Written:
-        """A deletion or narrower visibility is answered when every reachable region applied it, or late."""
+        """A deletion or narrower visibility is answered when every reachable region applied it, or late, and when no
+        edge of this one serves what was before."""
         reachable = self._replicator.reachable()
-        held = await self._replicator.confirmations(
-            written.row.group,
-            thread_id,
-            written.version.v,
-            enough=lambda confirmed: confirmed >= reachable,
-            seconds_max=self._limits.pending_wait_s,
+        held, _ = await asyncio.gather(
+            self._replicator.confirmations(
+                written.row.group,
+                thread_id,
+                written.version.v,
+                enough=lambda confirmed: confirmed >= reachable,
+                seconds_max=self._limits.pending_wait_s,
+            ),
+            self._edges.dropped(written.position),
         )
         pending = tuple(region for region in self._topology.peers if region not in held)
         return msgspec.structs.replace(written, pending=pending)
@@ -325,7 +333,11 @@ class Coordinator:
         except PeerRefused as error:
             raise Unavailable(str(error)) from error
         await self._apply_answer(answer, group.holder)
-        return await self._complete(answer, write.thread_id)
+        written = await self._complete(answer, write.thread_id)
+        if written.narrowed:
+            # The holder has waited for its own edges, and for ours only if replication came before this answer.
+            await self._edges.dropped(written.position)
+        return written
 
     async def _apply_answer(self, answer: ForwardAnswer, source: str) -> None:
         if await self._apply(answer.delta, answer.group, source):
@@ -433,6 +445,11 @@ class Coordinator:
 
     async def list(self, query: ListQuery) -> Listing:
         self._require_joined()
+        least = query.min_position
+        if least is not None and least.incarnation != self._log.incarnation:
+            await self._require_known(least)
+            # It numbers another region's feed. All that region had came from holders, and all they have now is more.
+            query = msgspec.structs.replace(query, min_position=None, consistency="origin")
         if query.consistency != "origin":
             return await self._local.list(query)
         groups = self._log.groups
@@ -452,6 +469,16 @@ class Coordinator:
         after the reading, it makes an answer final."""
         if not self._failover.has_lease(group):
             raise Unavailable(f"this region can't know now whether it still holds group {group}")
+
+    async def _require_known(self, position: base.Position) -> None:
+        """PositionLost when no store of this cluster gave it; Unavailable while not all of them are known."""
+        peers = self._log.peers
+        if position.incarnation in peers.values():
+            return
+        if any(region not in peers for region in self._topology.peers):
+            raise Unavailable("not every region has been met yet since this one was made")
+        _, newest = await self._log.feed_bounds()
+        raise base.PositionLost(base.Position(self._log.incarnation, newest))
 
     async def _settle(self, holder: str) -> None:
         """Wait until all that `holder` has committed by now is here."""

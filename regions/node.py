@@ -23,6 +23,7 @@ from origin.writer import QUEUE_DEADLINE_S, QUEUE_MAX, BatchedWriter, Engine
 from regions.adoption import Adopter
 from regions.coordinator import Coordinator, CoordinatorLimits
 from regions.failover import Failover, FailoverLimits
+from regions.followers import LEASE_S, Followers
 from regions.joining import Joining
 from regions.peer_client import PeerTransport
 from regions.peer_service import PeerService
@@ -49,6 +50,7 @@ class NodeLimits(msgspec.Struct, frozen=True):
     queue_max: int = QUEUE_MAX
     queue_deadline_s: float = QUEUE_DEADLINE_S
     feed_rows_max: int = 1_000_000
+    edge_lease_s: float = LEASE_S
 
 
 class Node(msgspec.Struct):
@@ -58,6 +60,7 @@ class Node(msgspec.Struct):
     engine: Engine
     writer: BatchedWriter
     feed: Feed
+    followers: Followers
     replicator: Replicator
     failover: Failover
     joining: Joining
@@ -87,6 +90,7 @@ async def open_node(
         feed = Feed(engine, clock)
         await feed.start()
         stack.push_async_callback(feed.stop)
+        followers = Followers(feed, clock, lease_s=limits.edge_lease_s)
         replicator = Replicator(
             topology=topology,
             log=engine,
@@ -134,6 +138,7 @@ async def open_node(
             clock=clock,
             rng=rng,
             limits=limits.coordinator,
+            edges=followers,
         )
         stack.push_async_callback(coordinator.close)
         tails = Tails(
@@ -163,13 +168,27 @@ async def open_node(
             failover=failover,
             repair=repair,
             feed=feed,
+            edges=followers,
         )
         for part in (replicator, joining, failover, repair, tails):
             await part.start()
             stack.push_async_callback(part.close)
         trim = asyncio.create_task(_trim(writer, limits.feed_rows_max, clock), name="trim")
         stack.push_async_callback(_cancel, trim)
-        yield Node(topology, engine, writer, feed, replicator, failover, joining, repair, tails, coordinator, service)
+        yield Node(
+            topology=topology,
+            engine=engine,
+            writer=writer,
+            feed=feed,
+            followers=followers,
+            replicator=replicator,
+            failover=failover,
+            joining=joining,
+            repair=repair,
+            tails=tails,
+            coordinator=coordinator,
+            service=service,
+        )
 
 
 async def _trim(writer: BatchedWriter, feed_rows_max: int, clock: Clock) -> None:

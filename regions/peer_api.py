@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -45,6 +45,8 @@ SAVED_MAX: Final = 10_000
 """Saved entries that a status counts, or a list shows."""
 MESSAGE_BYTES_MAX: Final = 64 * 1024 * 1024
 """A delta holds at least one entry, and a message may have 16 MiB."""
+FOLLOWER_CHARS_MAX: Final = 64
+CONFIRMATION_BYTES_MAX: Final = 4_096
 
 
 Asked = TypeVar("Asked")
@@ -76,6 +78,7 @@ class PeerApi:
         self._topology = node.topology
         self._log = node.engine
         self._feed = node.feed
+        self._followers = node.followers
         self._signer = signer
         self._verifier = verifier
         self._lifecycle = lifecycle
@@ -91,6 +94,7 @@ class PeerApi:
         router.add_post("/peer/promote", self._promote)
         router.add_post("/peer/repair", self._repair)
         router.add_get("/peer/saved", self._saved)
+        router.add_post("/peer/feed/confirm", self._confirm)
 
     # ------------------------------------------------------------ who is there
 
@@ -190,6 +194,7 @@ class PeerApi:
             "repair": _plain(node.repair.statistics()),
             "peers": statistics_json(node.replicator.statistics(), backlogs),
             "writer": _plain(node.writer.statistics()),
+            "edges": _plain(node.followers.statistics()),
             "pool": _plain(self._pool_statistics()) if self._pool_statistics is not None else None,
         }
 
@@ -250,21 +255,49 @@ class PeerApi:
         )
 
     async def _follow(self, request: web.Request) -> web.StreamResponse:
-        """The change feed as lines of JSON, for edges: it never ends by itself."""
+        """The change feed as lines of JSON, for edges: it never ends by itself.
+
+        An edge that keeps copies names itself (`follower`) and confirms what it dropped at `/peer/feed/confirm`.
+        """
         caller = self._caller(request, "region", "edge", "operator")
         after = request.query.get("after", "")
         if after and not (after.isascii() and after.isdigit() and len(after) <= 18):
             raise Problem(400, "bad-position", f"after: {after[:40]!r} is not a position of the feed")
+        name = request.query.get("follower", "")
+        if len(name) > FOLLOWER_CHARS_MAX:
+            raise Problem(400, "bad-follower", f"follower: longer than {FOLLOWER_CHARS_MAX} characters")
+        known: AbstractContextManager[None] = nullcontext()
+        if name and caller.role == "edge":
+            known = self._followers.following(caller.issuer, name)
         response = web.StreamResponse(
             headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store", **self._proof(caller)}
         )
         await response.prepare(request)
         follower = self._feed.follow(int(after) if after else None, request.query.get("incarnation"))
-        async with aclosing(follower) as items:
-            async for item in items:
-                line = feed_line(item, region=self._topology.region, incarnation=self._log.incarnation)
-                await response.write(line)
+        with known:
+            async with aclosing(follower) as items:
+                async for item in items:
+                    line = feed_line(item, region=self._topology.region, incarnation=self._log.incarnation)
+                    await response.write(line)
         return response
+
+    async def _confirm(self, request: web.Request) -> web.Response:
+        """An edge has dropped what changes up to a position made stale: it may go on serving from memory."""
+        caller = self._caller(request, "edge")
+        data = await _body(request, CONFIRMATION_BYTES_MAX)
+        try:
+            said = msgspec.json.decode(data, type=_Confirmation)
+        except msgspec.MsgspecError as error:
+            raise Problem(400, "peer-message", f"the confirmation can't be read: {error}") from None
+        grant = self._followers.confirm(caller.issuer, said.follower, said.position)
+        return web.Response(
+            body=msgspec.json.encode(grant), content_type="application/json", headers=self._proof(caller)
+        )
+
+
+class _Confirmation(msgspec.Struct, frozen=True):
+    follower: str
+    position: int
 
 
 class _Wire(msgspec.Struct):

@@ -18,6 +18,7 @@ from origin.thread import ClaimBody
 from origin.writer import BatchedWriter
 from regions.coordinator import Coordinator
 from regions.failover import Failover
+from regions.followers import Edges
 from regions.peer_wire import (
     Acknowledged,
     AskDigests,
@@ -70,6 +71,7 @@ class PeerService:
         failover: Failover,
         repair: Repair,
         feed: Feed,
+        edges: Edges,
     ) -> None:
         self._topology = topology
         self._log = log
@@ -79,6 +81,7 @@ class PeerService:
         self._failover = failover
         self._repair = repair
         self._feed = feed
+        self._edges = edges
         answers: dict[str, tuple[type[Envelope], Handler]] = {
             "/peer/replicate": (Replicate, self._replicate),
             "/peer/write": (ForwardWrite, self._write),
@@ -158,6 +161,10 @@ class PeerService:
         outcomes = await self._writer.submit_many(
             [base.ApplyDelta(message.group, message.epoch, message.region, delta) for delta in message.threads]
         )
+        if any(delta.access is not None for delta in message.threads):
+            # To its holder this answer says that the thread can't be read here any more; so it can't from an edge.
+            _, position = await self._log.feed_bounds()
+            await self._edges.dropped(position)
         return ReplicateAnswer(
             region=self._topology.region,
             incarnation=self._log.incarnation,

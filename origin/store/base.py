@@ -8,6 +8,7 @@ problem details at the HTTP boundary. Which entries a write appends is decided i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -103,6 +104,14 @@ class Moved(StoreError):
     def __init__(self, version: Version) -> None:
         super().__init__(f"entries moved; the thread is at version {version}")
         self.version = version
+
+
+class PositionLost(StoreError):
+    """A position of a feed that no store of this cluster numbers any more (one was restored): start over."""
+
+    def __init__(self, current: Position) -> None:
+        super().__init__(f"the position is of a store that is no more; this one is at {current}")
+        self.current = current
 
 
 class StoreBusy(StoreError):
@@ -236,8 +245,27 @@ PAGE_BYTES_MAX = 8 * 1024 * 1024
 """Bodies in one page of a thread, unless its first message alone is larger."""
 
 
+class Position(msgspec.Struct, frozen=True):
+    """A place in a region's feed: a number, and the incarnation of the store that gave it."""
+
+    incarnation: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.incarnation}:{self.number}"
+
+    @classmethod
+    def parse(cls, text: str) -> Position:
+        """Read `incarnation:number`; ValueError when it is none."""
+        match = re.fullmatch(r"([0-9A-Za-z-]{1,64}):([0-9]{1,18})", text, re.ASCII)
+        if match is None:
+            raise ValueError(f"{text[:40]!r} is not a position: expected incarnation:number as it was given")
+        return cls(match[1], int(match[2]))
+
+
 class ListQuery(msgspec.Struct, frozen=True):
-    """A page of summaries, newest activity first. `text` makes it a search."""
+    """A page of summaries, newest activity first. `text` makes it a search. Behind when the store is not at
+    `min_position`, which the coordinator alone can judge when it is another region's."""
 
     actor: Principal
     scope: Literal["mine", "team"] = "mine"
@@ -246,6 +274,7 @@ class ListQuery(msgspec.Struct, frozen=True):
     cursor: str | None = None
     text: str | None = None
     consistency: Literal["local", "origin"] = "local"
+    min_position: Position | None = None
 
 
 class Listing(msgspec.Struct, frozen=True):
@@ -265,7 +294,8 @@ class LogSlice(msgspec.Struct, frozen=True):
 
 
 class Change(msgspec.Struct, frozen=True):
-    """One position of a region's feed: entries first_seq…row.v of a thread were applied."""
+    """One position of a region's feed: entries first_seq…row.v of a thread were applied; or, where first_seq is
+    `MOVED`, entries that were here before gave way to another holder's log, which may be shorter."""
 
     position: int
     thread_id: str
@@ -277,6 +307,15 @@ class Change(msgspec.Struct, frozen=True):
     team: str | None
     visibility: str
     deleted: bool
+
+    @property
+    def moved(self) -> bool:
+        """True when who followed the thread has to read it anew."""
+        return self.first_seq == MOVED
+
+
+MOVED = 0
+"""`Change.first_seq` of a change that took entries out of the log."""
 
 
 class ThreadStore(Protocol):

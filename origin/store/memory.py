@@ -24,6 +24,7 @@ from origin.store.memory_outbox import Outbox
 from origin.store.queries import (
     after_seq,
     check_freshness,
+    check_position,
     cut_page,
     decode_cursor,
     encode_cursor,
@@ -328,9 +329,9 @@ class MemoryStore:
             self._hold(row.id, access, None)
         touched = self._touched.get(row.id)
         if touched is None:
-            self._touched[row.id] = _Touched(thread, row, cut + 1, False)
+            self._touched[row.id] = _Touched(thread, row, base.MOVED, False)
         else:
-            touched.first_seq = min(touched.first_seq, cut + 1)
+            touched.first_seq = base.MOVED
 
     def _save(self, row: Row, entries: Iterable[Entry]) -> None:
         for entry in entries:
@@ -533,7 +534,7 @@ class MemoryStore:
         rows.sort(key=lambda row: (row.activity_us, row.id), reverse=True)
         page = tuple(rows[: query.limit])
         cursor = encode_cursor(query, page[-1]) if len(rows) > query.limit else None
-        return base.Listing(page, cursor, self._position)
+        return check_position(base.Listing(page, cursor, self._position), query, self.incarnation)
 
     async def log(self, thread_id: str, actor: Principal | None, after: int, limit: int) -> base.LogSlice:
         thread, row = self._readable(thread_id, actor)

@@ -16,7 +16,7 @@ from typing import Final, cast
 
 import msgspec
 
-from origin.store.base import PAGE_BYTES_MAX, BadCursor, Behind, Freshness, ListQuery, Moved, ThreadPage
+from origin.store.base import PAGE_BYTES_MAX, BadCursor, Behind, Freshness, Listing, ListQuery, Moved, ThreadPage
 from origin.thread import Row, Version
 
 CURSOR_CHARS_MAX: Final = 4_096
@@ -76,6 +76,14 @@ def _question(query: ListQuery) -> str:
     who = actor.subject if query.scope == "mine" else actor.team
     parts = msgspec.json.encode([query.scope, actor.issuer, who, query.archived, query.text])
     return hashlib.sha256(parts).hexdigest()[:16]
+
+
+def check_position(listing: Listing, query: ListQuery, incarnation: str) -> Listing:
+    """The page, if the store (of `incarnation`) was at the position asked for when it was read; else Behind."""
+    least = query.min_position
+    if least is not None and (least.incarnation != incarnation or least.number > listing.position):
+        raise Behind(f"what was seen at {least} is not here yet; this region is at {incarnation}:{listing.position}")
+    return listing
 
 
 # ---------------------------------------------------------------- positions in a log

@@ -28,6 +28,7 @@ from origin.groups import founding
 from origin.store import base, sqlite_read
 from origin.store.base import LOCAL, Freshness, GroupRow, Written
 from origin.store.bodies import BodyDamaged, BodyFiles, make_folder
+from origin.store.queries import check_position
 from origin.store.sqlite_groups import save_group
 from origin.store.sqlite_write import SqliteWriter
 from origin.thread import Entry, Row
@@ -237,7 +238,7 @@ class SqliteStore:
         return await self._read(sqlite_read.read_thread, self._bodies, thread_id, actor, after, limit, freshness)
 
     async def list(self, query: base.ListQuery) -> base.Listing:
-        return await self._read(sqlite_read.list_threads, query)
+        return check_position(await self._read(sqlite_read.list_threads, query), query, self.incarnation)
 
     async def log(self, thread_id: str, actor: Principal | None, after: int, limit: int) -> base.LogSlice:
         return await self._read(sqlite_read.read_log, self._bodies, thread_id, actor, after, limit)

@@ -265,9 +265,9 @@ class SqliteWriter:
             self._hold(row.id, access, None)
         touched = self._touched.get(row.id)
         if touched is None:
-            self._touched[row.id] = _Touched(n, row, row, cut + 1, False)
+            self._touched[row.id] = _Touched(n, row, row, base.MOVED, False)
         else:
-            touched.first_seq = min(touched.first_seq, cut + 1)
+            touched.first_seq = base.MOVED
         _logger.warning(
             "entries that the holder's log lacks were saved",
             extra={"fields": {"thread": row.id, "behind": cut, "saved": len(tail), "followed_by": followed_by}},

@@ -125,6 +125,11 @@ class FakeRegion:
         self.feed_open = True
         self.forgets = False
         self.beating = True
+        self.lease_s = 3.0
+        self.confirmed: list[int] = []
+        self.before_grant = asyncio.Event()
+        """Cleared, a confirmation is taken and its answer held back."""
+        self.before_grant.set()
         self.server_header: Callable[[str], str] = self.signer.service_token
         self.threads: list[dict[str, Any]] = []
         self.listings = 0
@@ -132,6 +137,7 @@ class FakeRegion:
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_get("/peer/feed", self._feed)
+        app.router.add_post("/peer/feed/confirm", self._confirm)
         app.router.add_route("*", "/{tail:.*}", self._answer)
         return app
 
@@ -166,6 +172,10 @@ class FakeRegion:
     def tell_raw(self, line: bytes) -> None:
         for queue in self.feeds:
             queue.put_nowait(line)
+
+    @property
+    def at(self) -> str:
+        return f"{self.incarnation}:{self.position}"
 
     def close_feeds(self) -> None:
         for queue in self.feeds:
@@ -208,6 +218,14 @@ class FakeRegion:
         finally:
             self.feeds.discard(queue)
 
+    async def _confirm(self, request: web.Request) -> web.Response:
+        caller = self.verifier.verify(request.headers.get(IDENTITY_HEADER, ""))
+        said = await request.json()
+        self.confirmed.append(said["position"])
+        grant = {"position": self.position, "lease_s": self.lease_s}
+        await self.before_grant.wait()
+        return web.json_response(grant, headers={SERVER_IDENTITY_HEADER: self.server_header(caller.issuer)})
+
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.begun.append(request.raw_path)
         handler = self.handlers.get((request.method, request.path))
@@ -220,12 +238,12 @@ class FakeRegion:
             return await handler(request)
         if request.method == "GET" and request.path in ("/api/threads", "/api/threads/list"):
             return self._listing()
-        return web.json_response({"path": request.path}, headers={"X-Sync-Position": str(self.position)})
+        return web.json_response({"path": request.path}, headers={"X-Sync-Position": self.at})
 
     def _listing(self) -> web.Response:
         self.listings += 1
         page = {"threads": self.threads, "next_cursor": None, "has_more": False}
-        return web.json_response(page, headers={"X-Sync-Position": str(self.position), "ETag": f'"l{self.listings}"'})
+        return web.json_response(page, headers={"X-Sync-Position": self.at, "ETag": f'"l{self.listings}"'})
 
 
 @dataclass

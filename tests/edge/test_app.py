@@ -234,7 +234,7 @@ async def test_a_listing_is_answered_from_the_edge_until_its_threads_change(edge
     assert "stored" in cached(first) and "hit" in cached(again)
     assert first.headers["ETag"] == again.headers["ETag"] == '"l1"'
     assert again.headers["Date"] == first.headers["Date"] and again.headers["Age"] == "0"
-    assert "X-Sync-Position" not in first.headers and "X-Sync-Position" not in again.headers
+    assert first.headers["X-Sync-Position"] == again.headers["X-Sync-Position"] == "one:0"
 
     region.threads = []
     region.tell(region.change("t1", deleted=True))
@@ -286,12 +286,12 @@ async def test_a_writer_lists_what_was_just_written(edge, region):
     async def create(request: web.Request) -> web.Response:
         region.threads = [{"id": "new"}]
         region.change("new")  # committed, but the feed has not told of it
-        return web.json_response({"id": "new"}, status=201, headers={"X-Sync-Position": str(region.position)})
+        return web.json_response({"id": "new"}, status=201, headers={"X-Sync-Position": region.at})
 
     region.on("POST", "/api/threads", create)
     region.beating = False
     created = await edge.ask("POST", "/api/threads", data=b"{}")
-    assert created.status == 201 and "X-Sync-Position" not in created.headers
+    assert (created.status, created.headers["X-Sync-Position"]) == (201, region.at)
     listed = await edge.get("/api/threads")
     assert await ids(listed) == ["new"]
     # Not until the feed has passed the write is anything served from here to the one who wrote.
@@ -406,3 +406,19 @@ async def test_a_region_under_another_peer_key_is_not_believed(region, start_edg
     await until(lambda: not edge.edge.feed.live())
     await until(lambda: len(region.feed_asks) > 2)
     assert not edge.edge.feed.live()
+
+
+async def test_a_listing_is_as_new_as_the_position_the_client_presents(edge, region):
+    """Of this region's feed the edge can judge; another's is the region's business."""
+    await edge.get("/api/threads")
+    region.threads = [{"id": "new"}]
+    region.beating = False
+    region.change("new")
+    stale = await edge.get("/api/threads", headers={"X-Sync-Min-Position": "one:0"})
+    assert (await ids(stale), "hit" in cached(stale)) == ([], True)
+    fresh = await edge.get("/api/threads", headers={"X-Sync-Min-Position": region.at})
+    assert (await ids(fresh), region.seen[-1].header("X-Sync-Min-Position")) == (["new"], region.at)
+    for foreign in ("other:1", "nonsense"):
+        passed = await edge.get("/api/threads", headers={"X-Sync-Min-Position": foreign})
+        assert cached(passed) == "weft; fwd=request"
+        assert region.seen[-1].header("X-Sync-Min-Position") == foreign

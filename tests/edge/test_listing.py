@@ -23,6 +23,7 @@ EVE = Principal("i", "eve")
 
 class ScriptedFeed:
     def __init__(self) -> None:
+        self.incarnation = "one"
         self.position = 0
         self.is_live = True
 
@@ -246,7 +247,7 @@ async def test_who_asks_after_a_change_does_not_join_a_fetch_from_before(ask, li
 async def test_a_writer_reads_the_write_though_the_feed_has_not_told_of_it(ask, listings, region):
     await ask(ADA)
     region.threads = ["t2"]
-    listings.wrote(ADA, "t2", 7)
+    listings.wrote(ADA, "t2", ("one", 7))
     assert threads(await ask(ADA)) == ["t2"]
 
 
@@ -262,7 +263,7 @@ async def test_a_fill_that_raced_a_write_is_neither_kept_nor_shared_with_the_wri
     early = ask(ADA)
     await settle()
     region.threads = ["t2"]
-    listings.wrote(ADA, "t2", 7)
+    listings.wrote(ADA, "t2", ("one", 7))
     late = ask(ADA)
     await settle()
     region.before_answer.set()
@@ -271,7 +272,7 @@ async def test_a_fill_that_raced_a_write_is_neither_kept_nor_shared_with_the_wri
 
 
 async def test_nothing_is_served_to_a_writer_until_the_feed_has_passed_the_write(ask, listings, feed, region):
-    listings.wrote(ADA, "t1", 7)
+    listings.wrote(ADA, "t1", ("one", 7))
     feed.position = 6
     await ask(ADA)
     assert "fwd=stale" in status(await ask(ADA))
@@ -282,7 +283,7 @@ async def test_nothing_is_served_to_a_writer_until_the_feed_has_passed_the_write
 
 
 async def test_positions_of_another_count_are_forgotten_with_everything_else(ask, listings, feed):
-    listings.wrote(ADA, "t1", 1_000_000)
+    listings.wrote(ADA, "t1", ("one", 1_000_000))
     listings.reset()
     await ask(ADA)
     assert "hit" in status(await ask(ADA))
@@ -398,3 +399,39 @@ def test_marks_remember_the_highest_and_forget_into_a_floor():
 def test_entity_tags_are_compared_weakly():
     assert matches('"a", W/"b"', 'W/"b"') and matches("*", '"x"') and matches('"a,b"', '"a,b"')
     assert not matches('"a"', '"b"') and not matches("a", '"a"')
+
+
+async def test_what_the_client_has_seen_elsewhere_is_not_served_from_before_it(ask, region, feed, listings):
+    """The write went through another edge: this one hears of it by the feed only."""
+    await ask()
+    region.threads = ["t2", "t1"]
+    assert threads(await ask()) == ["t1"], "nobody has told this edge"
+    fresh = await ask(min_position=7)
+    assert (threads(fresh), status(fresh)) == (["t2", "t1"], "weft; fwd=stale; stored")
+    assert "stale" in status(await ask(min_position=7)), "not from here until the feed has passed it"
+    listings.changed(change("t2", position=7))
+    feed.position = 7
+    assert "uri-miss" in status(await ask(min_position=7))
+    assert "hit" in status(await ask(min_position=7))
+
+
+async def test_what_others_have_under_way_is_not_shared_with_who_has_seen_more(ask, region):
+    region.before_answer.clear()
+    early = ask()
+    await settle()
+    region.threads = ["t2", "t1"]
+    late = ask(min_position=7)
+    await settle()
+    region.before_answer.set()
+    assert (threads(await early), threads(await late)) == (["t1"], ["t2", "t1"])
+
+
+async def test_a_position_of_another_store_is_passed_by_a_reset_alone(ask, listings, feed):
+    await ask()
+    listings.wrote(ADA, "t2", ("two", 1))
+    await ask()
+    feed.position = 1_000
+    assert "hit" not in status(await ask())
+    listings.reset()
+    await ask()
+    assert "hit" in status(await ask())

@@ -176,7 +176,10 @@ async def _listing_differs(api: Api, path: str, name: str) -> bool:
     words = "" if name == "q" else "q=a&"
     await api("GET", f"{path}?q=a")
     before = api.store.queries[-1]
-    await api("GET", f"{path}?{words}{name}={values[name]}")
+    if name == "X-Sync-Min-Position":
+        await api("GET", f"{path}?q=a", headers={name: f"{api.feed.incarnation}:0"})
+    else:
+        await api("GET", f"{path}?{words}{name}={values[name]}")
     return api.store.queries[-1] != before
 
 
@@ -554,6 +557,7 @@ EXPECTED = {
     base.BadCursor: (400, False),
     base.BadQuery: (400, False),
     base.Moved: (409, False),
+    base.PositionLost: (409, False),
     base.StoreBusy: (503, True),
     base.StoreFull: (507, True),
     base.StoreFailed: (504, True),
@@ -564,6 +568,7 @@ EXPECTED = {
 ARGUMENTS: dict[type, tuple[Any, ...]] = {
     base.StaleVersion: (Version(1, 2),),
     base.Moved: (Version(1, 2),),
+    base.PositionLost: (base.Position("i", 3),),
     base.EntryConflict: ("m",),
     base.NotHolder: (base.GroupRow("g", 1, "h", 1),),
     base.Fenced: (2,),

@@ -13,7 +13,7 @@ import pytest
 from infra.identity import Principal
 from origin import feed as feed_module
 from origin.feed import EVERYTHING, Feed, Heartbeat, Hello, feed_line, of_owner, of_team, of_thread
-from origin.store.base import Change, StoreFailed, Trim, Write
+from origin.store.base import Change, Settle, StoreFailed, Trim, Write
 from origin.store.memory import MemoryStore
 from tests.support.builders import ANN, BOB, append, change, create, message, patch, user
 from tests.support.fakeclock import FakeClock, settle
@@ -121,6 +121,19 @@ async def test_the_right_incarnation_is_no_reset(region: Region):
     assert reader.items[0] == Hello(0, reset=False)
 
 
+async def test_a_store_that_gets_another_incarnation_resets_those_who_follow(region: Region):
+    await region.write(create(T1))
+    reader = Reader(region, 0, incarnation=region.store.incarnation)
+    await settle()
+    newer = "f" + region.store.incarnation[1:]
+    await region.store.commit([Settle("voter", incarnation=newer)])
+    await region.grow(T1, 1)
+    assert region.store.incarnation == newer
+    assert reader.items[-1] == Hello(2, reset=True)
+    await region.grow(T1, 1, start=1)
+    assert reader.positions == [1, 3]
+
+
 async def test_changes_committed_while_the_log_is_being_read_come_once_and_in_order(region: Region):
     await region.write(create(T1))
     await region.grow(T1, 2_500)  # more than two reads of the log
@@ -215,16 +228,30 @@ async def test_internal_threads_are_nobodys_news(region: Region):
     assert reader.threads == late.threads == [T1]
 
 
-async def test_a_heartbeat_each_second_says_how_far_the_follower_has_everything(region: Region):
+async def test_a_heartbeat_each_half_second_says_how_far_the_follower_has_everything(region: Region):
     await region.write(create(T1), create(T2, BOB))
     reader = Reader(region, 0, of_owner(ANN.issuer, "ann"))
     await settle()
-    await region.clock.advance(3.2)
+    await region.clock.advance(1.7)
     beats = [item for item in reader.items if isinstance(item, Heartbeat)]
     assert beats == [Heartbeat(2)] * 3
     await region.write(append(T2, message("m"), actor=BOB))
     await region.clock.advance(1)
     assert reader.items[-1] == Heartbeat(3)
+
+
+async def test_a_heartbeat_may_be_asked_for_and_comes_when_all_up_to_there_was_handed_over(region: Region):
+    reader, other = Reader(region, 0), Reader(region, 0, of_thread(T1))
+    await settle()
+    region.feed.beat(1)
+    await settle()
+    assert not any(isinstance(item, Heartbeat) for item in reader.items)
+    await region.write(create(T1))
+    assert reader.items[-1] == Heartbeat(1)
+    region.feed.beat(1)
+    await settle()
+    assert reader.items[-2:] == [Heartbeat(1)] * 2
+    assert not any(isinstance(item, Heartbeat) for item in other.items)
 
 
 async def test_a_busy_follower_gets_heartbeats_too(region: Region):

@@ -13,7 +13,7 @@ from origin import events as events_module
 from origin import feed as feed_module
 from origin.access import may_read
 from origin.events import encode_entry, may_follow
-from origin.store.base import ApplyDelta, Change, Trim
+from origin.store.base import Applied, ApplyDelta, Change, Promise, Promised, Trim, Win
 from origin.store.memory import MemoryStore
 from origin.thread import Entry, Row, Version, encode
 from tests.support.builders import BOB, REGIONS, append, delta_from, patch, user
@@ -400,6 +400,87 @@ async def test_an_event_is_encoded_once_for_all_streams(api: Api, monkeypatch: p
     late = await api.stream(events_of(thread), last="1.1")
     assert (await late.event()).data["content"] == "once"
     assert encoded == 1
+
+
+# ---------------------------------------------------------------- another holder's log
+
+
+async def failed_over(store: MemoryStore) -> None:
+    """`store` has taken over the group of eu-west in epoch 2 (by promises that the test does not play)."""
+    [promised] = await store.commit([Promise("eu-west", 2, "ap-south", store.incarnation)])
+    assert isinstance(promised, Promised) and promised.granted
+    [won] = await store.commit([Win("eu-west", 2, (), ())])
+    assert won is None
+
+
+async def two_holders(api: Api, *texts: str) -> tuple[str, MemoryStore]:
+    """A thread of eu-west at 1.4 here, with messages a, b, c; and what its new holder ap-south makes of it: only a
+    had reached it, and `texts` follow its mark."""
+    old = MemoryStore(region="eu-west", members=REGIONS)
+    new = MemoryStore(region="ap-south", members=REGIONS)
+    thread = await _of_eu_west(old, CORE_ANN, messages=[message_of("a")])
+    await new.commit([ApplyDelta("eu-west", 1, "eu-west", await delta_from(old, thread))])
+    await old.write(append(thread, message_of("b"), message_of("c"), actor=CORE_ANN))
+    await api.store.commit(ApplyDelta("eu-west", 1, "eu-west", await delta_from(old, thread)))
+    await failed_over(new)
+    for text in texts:
+        await new.write(append(thread, message_of(text), actor=CORE_ANN))
+    return thread, new
+
+
+async def replace_log(api: Api, thread: str, new: MemoryStore) -> None:
+    [outcome] = await api.store.commit(ApplyDelta("eu-west", 2, "ap-south", await delta_from(new, thread)))
+    assert isinstance(outcome, Applied), outcome
+    await api.fed()
+
+
+@pytest.mark.parametrize(("texts", "version"), [([], "1.2"), (["x"], "2.4"), (["x", "y", "z"], "2.6")])
+async def test_a_log_cut_by_a_new_holder_is_a_reset_whether_longer_or_shorter(api: Api, texts: Any, version: str):
+    """Shorter, and of the same epoch, it looks like an old change that came late."""
+    thread, new = await two_holders(api, *texts)
+    one = await api.stream(f"/api/threads/{thread}/events", CORE_ANN)
+    all_ = await api.stream("/api/threads/events", CORE_ANN)
+    await one.block()
+    await all_.block()
+    assert await all_.block()
+    await replace_log(api, thread, new)
+    for stream in (one, all_):
+        event = await stream.event()
+        assert (event.name, event.data) == ("reset", {"thread_id": thread, "version": version})
+    read = (await api("GET", f"/api/threads/{thread}", actor=CORE_ANN)).json
+    assert [message["id"] for message in read["messages"]] == ["a", *texts]
+
+
+async def test_a_stream_that_has_not_got_to_the_cut_goes_on_without_a_reset(api: Api):
+    thread, new = await two_holders(api, "x")
+    await replace_log(api, thread, new)
+    stream = await api.stream(f"/api/threads/{thread}/events", CORE_ANN, last="1.2")
+    assert [(event.id, event.data["id"]) for event in await stream.events(1)] == [("2.4", "x")]
+
+
+async def test_who_resumes_behind_a_cut_is_told_of_it(api: Api):
+    """Over the feed's position: the change that cut the log is kept like any other."""
+    thread, new = await two_holders(api, "x")
+    before = await api.stream("/api/threads/events", CORE_ANN, last=f"{api.feed.incarnation}:0")
+    assert [(await before.event()).data["version"] for _ in range(4)] == ["1.1", "1.2", "1.3", "1.4"]
+    before.close()
+    await replace_log(api, thread, new)
+    after = await api.stream("/api/threads/events", CORE_ANN, last=before.last_id)
+    event = await after.event()
+    assert (event.name, event.data["thread_id"], event.data["version"]) == ("reset", thread, "2.4")
+    assert event.id == f"{api.feed.incarnation}:{api.feed.position}"
+
+
+async def test_what_was_encoded_between_two_failovers_is_not_sent_after_the_second(api: Api):
+    """The losing schedule: a stream asks for the entries up to 2.4 while the log here reads 1.4 again; what it
+    got under that name would be sent as the way to 2.4 when that is back."""
+    thread, new = await two_holders(api, "x")
+    encoder = events_module.Encoder(api.feed, api.clock)
+    between = await encoder.batch(thread, 2, Version(2, 4))
+    assert between is not None and [id for id, _ in between.events] == [b"1.3", b"1.4"]
+    await replace_log(api, thread, new)
+    after = await encoder.batch(thread, 2, Version(2, 4))
+    assert after is not None and [id for id, _ in after.events] == [b"2.4"]
 
 
 # ---------------------------------------------------------------- all threads

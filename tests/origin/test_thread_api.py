@@ -44,7 +44,7 @@ async def test_a_created_thread_is_answered_whole_and_reads_back_the_same(api: A
     assert answer.headers["X-Sync-Version"] == "1.3"
     assert answer.headers["X-Origin-Region"] == answer.headers["X-Served-Region"] == "us-east"
     assert answer.headers["Cache-Control"] == "private, no-cache"
-    assert int(answer.headers["X-Sync-Position"]) == 1
+    assert answer.headers["X-Sync-Position"] == f"{api.feed.incarnation}:1"
     assert list(thread) == [
         "id", "v", "epoch", "title", "visibility", "owner", "team", "origin_region", "created_at", "last_activity",
         "message_count", "archived", "external_id", "relations", "metadata", "future", "messages", "next_after",
@@ -221,13 +221,13 @@ async def test_a_listing_has_a_tag_of_its_bytes(api: Api):
     first = await api("GET", "/api/threads")
     tag = first.headers["ETag"]
     assert first.headers["Cache-Control"] == "private, no-cache"
-    assert first.headers["X-Sync-Position"] == "1"
+    assert first.headers["X-Sync-Position"] == f"{api.feed.incarnation}:1"
     unchanged = await api("GET", "/api/threads", headers={"If-None-Match": f'W/{tag}, "x"'})
     assert (unchanged.status, unchanged.body, unchanged.headers["ETag"]) == (304, b"", tag)
-    assert unchanged.headers["X-Sync-Position"] == "1"
+    assert unchanged.headers["X-Sync-Position"] == f"{api.feed.incarnation}:1"
     await api.create(title="two")
     changed = await api("GET", "/api/threads", headers={"If-None-Match": tag})
-    assert (changed.status, changed.headers["X-Sync-Position"]) == (200, "2")
+    assert (changed.status, changed.headers["X-Sync-Position"]) == (200, f"{api.feed.incarnation}:2")
     assert changed.headers["ETag"] != tag
 
 
@@ -683,3 +683,37 @@ async def test_ids_and_bytes_stay_the_same_through_every_answer(api: Api):
     assert again.body == appended.body
     assert stored in read.body
     assert put.body == read.body
+
+
+# ---------------------------------------------------------------- listings that are new enough
+
+
+@pytest.mark.parametrize("path", ["/api/threads", "/api/threads/list", "/api/threads/search?q=hello"])
+async def test_a_listing_is_refused_rather_than_older_than_the_position_presented(api: Api, path: str):
+    await api.create(title="hello")
+    here = api.feed.incarnation
+    for seen, expected in ((f"{here}:0", 200), (f"{here}:1", 200), (f"{here}:2", 503), ("another:1", 503)):
+        answer = await api("GET", path, headers={"X-Sync-Min-Position": seen})
+        assert answer.status == expected, seen
+        if expected == 503:
+            assert answer.headers["Retry-After"] and answer.json["retryable"]
+    for bad in ("", "7", ":7", f"{here}:x", f"{here}:7:7", f"{here}: 7", "x" * 65 + ":1"):
+        answer = await api("GET", path, headers={"X-Sync-Min-Position": bad})
+        assert (answer.status, answer.json["field"]) == (400, "X-Sync-Min-Position"), bad
+
+
+async def test_every_write_says_where_the_feed_includes_it_and_the_feed_goes_on_from_there(api: Api):
+    """The position is a cursor of `/api/threads/events` too: list, then follow, and nothing falls between."""
+    thread = await api.create(title="hello")
+    path = f"/api/threads/{thread['id']}"
+    written = [
+        await api("POST", f"{path}/messages", {"messages": [{"role": "user", "content": "a"}]}),
+        await api("PATCH", path, {"title": "b"}),
+        await api("PUT", path, {"title": "c"}),
+        await api("DELETE", path),
+    ]
+    positions = [answer.headers["X-Sync-Position"] for answer in written]
+    assert positions == [f"{api.feed.incarnation}:{number}" for number in (2, 3, 4, 5)]
+    await api.create(title="next")
+    stream = await api.stream("/api/threads/events", last=positions[-1])
+    assert (await stream.event()).data["title"] == "next"

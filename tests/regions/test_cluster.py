@@ -15,6 +15,8 @@ from origin.store.base import (
     Idempotency,
     ListQuery,
     OutcomeUnknown,
+    Position,
+    PositionLost,
     StoreError,
     ThreadDeleted,
     ThreadExists,
@@ -22,6 +24,7 @@ from origin.store.base import (
     Unavailable,
     Version,
     Write,
+    Written,
 )
 from origin.thread import Row
 from regions.coordinator import CoordinatorLimits
@@ -461,3 +464,59 @@ async def test_a_region_with_an_empty_disk_is_given_everything_again(cluster: Cl
     await node.open()
     await eventually(cluster.converged)
     assert await texts(cluster, "ap-south", ids[3]) == ["m1"]
+
+
+# ---------------------------------------------------------------- listings and what was seen elsewhere
+
+
+def position_in(cluster: Cluster, region: str, written: Written) -> Position:
+    return Position(cluster[region].store.incarnation, written.position)
+
+
+async def listed(cluster: Cluster, region: str, position: Position | None = None, text: str | None = None) -> list[str]:
+    query = ListQuery(ANN, min_position=position, text=text)
+    return [row.id for row in (await cluster[region].coordinator.list(query)).rows]
+
+
+@pytest.mark.parametrize("text", [None, "hello"])
+@pytest.mark.parametrize("at", ["us-east", "eu-west"])
+async def test_a_listing_elsewhere_waits_for_what_the_caller_has_written(
+    cluster: Cluster, at: str, text: str | None
+) -> None:
+    """Whether or not the region that took the write is the one that ordered it."""
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    cluster.network.cut.add(("us-east", "ap-south"))
+    new = cluster["us-east"].mint.thread_id()
+    written = await cluster[at].coordinator.write(create(new, messages=[message("m1")]))
+    assert await listed(cluster, "ap-south", text=text) == [thread_id], "not there yet"
+    asking = asyncio.create_task(listed(cluster, "ap-south", position_in(cluster, at, written), text))
+    await eventually(lambda: _asked_to_settle(cluster))
+    assert not asking.done()
+    cluster.network.heal()
+    assert set(await asking) == {thread_id, new}
+
+
+async def _asked_to_settle(cluster: Cluster) -> bool:
+    return cluster.network.calls["ap-south", "us-east", "/peer/settle"] > 0
+
+
+async def test_what_was_seen_elsewhere_and_can_not_be_had_is_refused(cluster: Cluster) -> None:
+    written = await cluster["us-east"].coordinator.write(create(cluster["us-east"].mint.thread_id()))
+    cluster.network.isolate("us-east")
+    with pytest.raises(Unavailable):
+        await listed(cluster, "ap-south", position_in(cluster, "us-east", written))
+
+
+async def test_a_position_of_a_store_that_is_no_more_is_a_reset(cluster: Cluster) -> None:
+    with pytest.raises(PositionLost) as lost:
+        await listed(cluster, "ap-south", Position("0" * 32, 1))
+    assert lost.value.current.incarnation == cluster["ap-south"].store.incarnation
+
+
+async def test_the_retry_of_a_keyed_write_says_a_position_that_includes_it(cluster: Cluster) -> None:
+    thread_id = await make(cluster)
+    keyed = append(thread_id, message("m2"), idempotency=Idempotency("k", "f"))
+    first = await cluster["us-east"].coordinator.write(keyed)
+    again = await cluster["us-east"].coordinator.write(keyed)
+    assert again.replayed and again.position >= first.position > 0

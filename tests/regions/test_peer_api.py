@@ -219,3 +219,26 @@ async def test_a_peer_that_refuses_says_why(region: Client, signer: IdentitySign
             await peers.call("us-east", "/peer/hello", message, HelloAnswer, seconds_max=2.0)
     finally:
         await peers.close()
+
+
+async def test_only_an_edge_that_follows_may_confirm_and_is_granted_a_lease(region: Client, tmp_path: Path) -> None:
+    key = write_peer_key(tmp_path / "peer.key")
+
+    async def confirm(who: str, body: object) -> tuple[int, bytes]:
+        headers = {IDENTITY_HEADER: IdentitySigner(key, who).service_token("region:us-east")}
+        async with region.post("/peer/feed/confirm", data=msgspec.json.encode(body), headers=headers) as response:
+            return response.status, await response.read()
+
+    said = {"follower": "a", "position": 0}
+    assert (await confirm("region:eu-west", said))[0] == 403
+    assert (await confirm("edge:us-east", said))[0] == 409
+    headers = {IDENTITY_HEADER: IdentitySigner(key, "edge:us-east").service_token("region:us-east")}
+    async with region.get("/peer/feed", params={"follower": "x" * 65}, headers=headers) as refused:
+        assert refused.status == 400
+    async with region.get("/peer/feed", params={"follower": "a"}, headers=headers) as feed:
+        assert b'"hello"' in await feed.content.readline()
+        status, body = await confirm("edge:us-east", said)
+        assert (status, msgspec.json.decode(body)) == (200, {"position": 0, "lease_s": 1.5})
+        assert (await confirm("edge:eu-west", said))[0] == 409, "another's name"
+        for bad in ({}, {"follower": "a"}, {"follower": "a", "position": "0"}, []):
+            assert (await confirm("edge:us-east", bad))[0] == 400
