@@ -39,13 +39,13 @@ from tests.support.builders import (
     delete,
     delta_from,
     delta_of,
-    elect,
     message,
     messages,
     patch,
     received,
     user,
 )
+from tests.support.elections import elect
 
 pytestmark = pytest.mark.parametrize("open_engine", ["memory", "sqlite"], indirect=True)
 

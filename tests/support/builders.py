@@ -20,13 +20,9 @@ from origin.store.base import (
     LogSlice,
     Operation,
     Outcome,
-    Promise,
-    Promised,
-    Recovery,
     ReplicaLog,
     ThreadDelta,
     Version,
-    Win,
     Write,
 )
 from origin.thread import CreateBody, PatchBody, encode
@@ -190,23 +186,6 @@ async def acknowledged(log: ReplicaLog, target: str, *threads: tuple[str, int]) 
         piece = await log.slice(thread_id, v, bytes_max=1)
         found.append((thread_id, v, piece.base_hash if piece is not None and piece.base_v == v else b"?" * 32))
     return Acknowledge(target, tuple(found))
-
-
-async def elect(
-    log: ReplicaLog,
-    region: str,
-    epoch: int,
-    *,
-    group: str = "us-east",
-    recoveries: Sequence[Recovery] = (),
-    offers: Sequence[tuple[str, tuple[str, ...] | None]] = (),
-) -> None:
-    """Let `log`, of `region`, promise itself `epoch` of the group, and win it."""
-    promised = await commit_one(log, Promise(group, epoch, region, log.incarnation))
-    assert isinstance(promised, Promised)
-    assert promised.granted, promised
-    assert await commit_one(log, Win(group, epoch, tuple(recoveries), tuple(offers))) is None
-    assert log.is_holder(group)
 
 
 async def copy_threads(source: ReplicaLog, replica: ReplicaLog, *thread_ids: str, epoch: int = 1) -> None:
