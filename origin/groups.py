@@ -83,8 +83,11 @@ def adopt(state: GroupState | None, newer: GroupRow) -> GroupState | None:
         return GroupState(GroupRow(newer.group, newer.epoch, newer.holder, newer.epoch))
     if newer.epoch <= state.row.epoch:
         return None
-    promised = max(newer.epoch, state.row.promised)
-    return msgspec.structs.replace(state, row=GroupRow(newer.group, newer.epoch, newer.holder, promised))
+    if newer.epoch >= state.row.promised:
+        return msgspec.structs.replace(unheld(state), row=msgspec.structs.replace(newer, promised=newer.epoch))
+    # Somebody else's candidacy goes on: what was promised to it stands.
+    row = msgspec.structs.replace(newer, promised=state.row.promised)
+    return msgspec.structs.replace(state, row=row)
 
 
 def learn(state: GroupState | None, other: GroupRow) -> GroupState | None:
@@ -99,7 +102,7 @@ def learn(state: GroupState | None, other: GroupRow) -> GroupState | None:
 
 
 def unheld(state: GroupState) -> GroupState:
-    """What a replaced or restored disk is left with."""
+    """The state without what this disk had won or promised to anybody by name."""
     return msgspec.structs.replace(state, won=0, candidate="", candidate_incarnation="")
 
 
@@ -146,6 +149,9 @@ class Cluster:
     # ------------------------------------------------------------ groups
 
     def promise(self, asked: Promise) -> Promised:
+        if self.standing == "learner":
+            # Its predecessor may have promised this very epoch to another.
+            return Promised(False, self.rows.get(asked.group, GroupRow(asked.group, 0, "", 0)))
         state, answer = promise(self.states.get(asked.group), asked)
         if answer.granted:
             self._put(state)
@@ -166,12 +172,17 @@ class Cluster:
         if state is not None:
             self._put(state)
 
-    def win(self, won: Win) -> None:
-        self._put(win(self.states.get(won.group), won, self.region, self.incarnation))
+    def win(self, won: Win) -> bool:
+        """False when this very win is on record: what was recovered, written and owed since then stands."""
+        state = self.states.get(won.group)
+        if state is not None and state.won == won.epoch and won.group in self.held:
+            return False
+        self._put(win(state, won, self.region, self.incarnation))
         self._forget_recoveries(won.group)
         self.unrecovered = {**self.unrecovered, **{it.head.thread_id: it for it in won.recoveries}}
         for recovery in won.recoveries:
             self.keep_recovery(recovery)
+        return True
 
     def _forget_recoveries(self, group: str) -> None:
         for recovery in [it for it in self.unrecovered.values() if it.group == group]:
@@ -197,6 +208,7 @@ class Cluster:
         if change.standing == "learner":
             for state in list(self.states.values()):
                 self._put(unheld(state))
+                self._forget_recoveries(state.row.group)
         self.standing = change.standing
         self.founders = dict(change.founders) if change.founders else self.founders
         self.incarnation = change.incarnation or self.incarnation

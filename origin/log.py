@@ -102,8 +102,13 @@ class ResubmitPlan(msgspec.Struct, frozen=True):
     fates: tuple[tuple[str, Fate], ...]
 
 
-def plan_write(write: Write, row: Row | None, log: LogView, *, epoch: int, at_us: int) -> WritePlan:
+def plan_write(
+    write: Write, row: Row | None, log: LogView, *, epoch: int, at_us: int, hold: Access | None = None
+) -> WritePlan:
     """Decide a write at the holder; raises the StoreError the caller is to be told.
+
+    `hold`, an access record that the log has not caught up with, counts as done: who may not read the thread
+    any more learns nothing by writing to it, and what it says is deleted is not created anew.
 
     A new holder's first write to a thread is preceded by its term mark. A retry that adds nothing but asks for
     more than the holder's own disk gets one too: answers of older epochs count for nothing (PROTOCOL section 3),
@@ -113,16 +118,16 @@ def plan_write(write: Write, row: Row | None, log: LogView, *, epoch: int, at_us
     batch that it shares with others.
     """
     try:
-        return _plan_write(write, row, log, epoch, at_us)
+        return _plan_write(write, row, log, epoch, at_us, hold)
     except ValueError as error:
         raise NotAllowed(f"the write holds what no log can take: {error}") from error
 
 
-def _plan_write(write: Write, row: Row | None, log: LogView, epoch: int, at_us: int) -> WritePlan:
+def _plan_write(write: Write, row: Row | None, log: LogView, epoch: int, at_us: int, hold: Access | None) -> WritePlan:
     # Order matters: what is already there is recognised before the stated version is checked, so that the
     # retry of a conditional write gets the first answer and not 412.
     if row is None:
-        if write.create is None or write.mode == "update":
+        if write.create is None or write.mode == "update" or (hold is not None and hold.deleted):
             raise ThreadNotFound(write.thread_id)
         if write.expect is not None:
             raise StaleVersion(Version(0, 0))
@@ -131,11 +136,12 @@ def _plan_write(write: Write, row: Row | None, log: LogView, epoch: int, at_us: 
         if write.mode != "update" and may_change(row, write.actor):
             raise ThreadDeleted(f"thread {row.id} was deleted; its id can't be used again")
         raise ThreadNotFound(write.thread_id)
-    if not may_read(row, write.actor):
+    shown = stricter(row, hold)
+    if shown.deleted or not may_read(shown, write.actor):
         raise ThreadNotFound(write.thread_id)
     if write.mode == "create":
         raise ThreadExists(f"thread {row.id} exists")
-    if write.messages and not may_append(row, write.actor):
+    if write.messages and not may_append(shown, write.actor):
         raise NotAllowed("only the owner, and in a team thread the team, may append")
 
     drafts: list[Draft] = []
@@ -370,8 +376,18 @@ def plan_resubmit(
     Each entry keeps its id, so that whoever saved it sees it come back, and what it may no longer do is taken
     out of its body: a patch sets only fields that no later epoch's patch touched, and visibility takes the
     stricter value, else an old share would re-open what was un-shared since. A message whose id is there with
-    another body is kept under a derived id. ThreadNotFound when neither the thread nor its creation is there.
+    another body is kept under a derived id. ThreadNotFound when neither the thread nor its creation is there;
+    NotAllowed for what no log can take, alone, or it would fail every batch that it comes back in.
     """
+    try:
+        return _plan_resubmit(thread_id, entries, row, log, epoch, at_us)
+    except ValueError as error:
+        raise NotAllowed(f"what was saved holds what no log can take: {error}") from error
+
+
+def _plan_resubmit(
+    thread_id: str, entries: Sequence[Entry], row: Row | None, log: LogView, epoch: int, at_us: int
+) -> ResubmitPlan:
     before, append, fates = row, list[Entry](), list[tuple[str, Fate]]()
     in_row = 0  # of a keyed request's entries, how many follow each other here too
     ids: dict[str, Entry] = {}
@@ -450,8 +466,11 @@ def _outlived(entry: Entry, row: Row, log: LogView) -> bytes:
     """What is left of an old epoch's patch."""
     patch = msgspec.json.decode(entry.body, type=PatchBody)
     kept = {name: getattr(patch, name) for name in PatchBody.__struct_fields__}
+    # By where each was acknowledged, not where it lies: two patches of one tail may be submitted one by one, and
+    # the first, now an entry of the new epoch, would take its fields from the second.
+    place = _acknowledged_at(entry)
     for later in log.patches():
-        if later.epoch > entry.epoch:
+        if _acknowledged_at(later) > place:
             touched = msgspec.json.decode(later.body, type=PatchBody)
             for name in PatchBody.__struct_fields__:
                 if getattr(touched, name) is not msgspec.UNSET:
@@ -461,6 +480,12 @@ def _outlived(entry: Entry, row: Row, log: LogView) -> bytes:
     if visibility is not msgspec.UNSET:
         kept["visibility"] = visibility if is_narrower(visibility, row.visibility) else msgspec.UNSET
     return encode(PatchBody(**kept))  # pyright: ignore[reportArgumentType]
+
+
+def _acknowledged_at(entry: Entry) -> Version:
+    """Where an entry was first acknowledged, whatever failovers moved it since."""
+    moved_from = msgspec.json.decode(entry.meta, type=EntryMeta).moved_from
+    return Version.parse(moved_from) if moved_from else Version(entry.epoch, entry.seq)
 
 
 def access_change(row: Row, newest_first: Iterable[Entry]) -> Access | None:

@@ -28,6 +28,7 @@ from origin.store.queries import (
     cut_page,
     decode_cursor,
     encode_cursor,
+    order_saved,
     text_of,
     tokens,
     words,
@@ -85,6 +86,7 @@ class _Touched(msgspec.Struct):
     before: Row | None
     first_seq: int
     replicate: bool
+    recovered: bool = False
 
 
 class _Keyed(msgspec.Struct, frozen=True):
@@ -219,7 +221,7 @@ class MemoryStore:
                 case base.MeetPeer():
                     return self._meet(operation)
                 case base.Settle():
-                    return self._cluster.settle(operation)
+                    return self._settle(operation)
                 case base.Trim():
                     return self._trim(operation)
         except StoreError as error:
@@ -238,10 +240,9 @@ class MemoryStore:
         group = self._held_group(self._group_of(before, write))
         if write.thread_id in self._cluster.unrecovered:
             raise base.Recovering(write.thread_id)
-        if before is not None and log.stricter(before, self._holds.get(before.id)).deleted and not before.deleted:
-            raise base.ThreadNotFound(write.thread_id)  # a held deletion counts as done
         view = thread if thread is not None else _Thread()
-        plan = log.plan_write(write, before, view, epoch=group.epoch, at_us=self._now_us())
+        hold = self._holds.get(write.thread_id)
+        plan = log.plan_write(write, before, view, epoch=group.epoch, at_us=self._now_us(), hold=hold)
         if plan.append:
             self._append(write.thread_id, plan.row, plan.append, replicate=True)
         return Written(
@@ -305,10 +306,10 @@ class MemoryStore:
         answer = plan.answer
         if (plan.append or plan.cut is not None) and plan.row is not None:
             if plan.row.group == operation.group:
-                if plan.cut is not None:
-                    assert thread is not None
-                    self._cut(thread, plan.cut)
+                tail = self._cut(thread, plan.cut) if thread is not None and plan.cut is not None else None
                 self._append(delta.id, plan.row, plan.append, replicate=False)
+                # Only now: the row before the cut has caught up with the very deletion that was cut.
+                self._hold(delta.id, tail, None)
             else:
                 answer = Refused(f"the creation names group {plan.row.group!r}")
         self._hold(delta.id, delta.access, answer)
@@ -316,22 +317,21 @@ class MemoryStore:
             self._finish_recovery(recovery)
         return answer
 
-    def _cut(self, thread: _Thread, cut: int) -> None:
-        """Save the entries behind `cut` and take them out of the log. What they deleted or narrowed stays so."""
+    def _cut(self, thread: _Thread, cut: int) -> Access | None:
+        """Save the entries behind `cut` and take them out of the log. What they deleted or narrowed is to stay
+        so: returns the record of it."""
         row = thread.row
         tail = thread.cut(cut)
         self._save(row, tail)
         self._keys = {
             key: keyed for key, keyed in self._keys.items() if keyed.thread is not thread or keyed.last_seq <= cut
         }
-        access = log.tail_access(row, tail)
-        if access is not None:
-            self._hold(row.id, access, None)
         touched = self._touched.get(row.id)
         if touched is None:
             self._touched[row.id] = _Touched(thread, row, base.MOVED, False)
         else:
             touched.first_seq = base.MOVED
+        return log.tail_access(row, tail)
 
     def _save(self, row: Row, entries: Iterable[Entry]) -> None:
         for entry in entries:
@@ -340,18 +340,21 @@ class MemoryStore:
                 self._saved.setdefault((row.id, entry.hash), saved)
 
     def _finish_recovery(self, recovery: base.Recovery) -> None:
-        """Once the log found by the election is here, whole, the thread is served again and sent to everyone."""
+        """Once the log found by the election is here, whole, the thread is served again and offered to everyone.
+
+        Offered, not owed from where this log was before: that place may lie behind what was adopted, and would
+        pass for a confirmation of all that is written up to it.
+        """
         head = recovery.head
         thread = self._threads.get(head.thread_id)
-        if thread is None or thread.hash_at(head.v) != head.hash:
+        if recovery.group not in self._cluster.held or thread is None or thread.hash_at(head.v) != head.hash:
             return
         self._cluster.recovered(head.thread_id)
         touched = self._touched.get(head.thread_id)
         if touched is not None:
-            touched.replicate = True
+            touched.recovered = True
         else:
-            v = thread.row.v
-            self._outbox.mark(head.thread_id, want_v=v, had_v=v, at_us=self._now_us(), urgent=False)
+            self._outbox.offer_to_all(head.thread_id, thread.row.v, self._now_us())
 
     def _hold(self, thread_id: str, access: Access | None, answer: base.ApplyAnswer | None) -> None:
         """Keep an access record that the log has not got to, so that it takes effect at once."""
@@ -439,7 +442,9 @@ class MemoryStore:
             bucket = (row.group, log.bucket_of(thread_id))
             change = log.row_digest(before) ^ log.row_digest(row)
             self._digests[bucket] = self._digests.get(bucket, 0) ^ change
-            if touched.replicate:
+            if touched.recovered:
+                self._outbox.offer_to_all(thread_id, row.v, now_us)
+            elif touched.replicate:
                 self._outbox.mark(
                     thread_id,
                     want_v=row.v,
@@ -462,10 +467,12 @@ class MemoryStore:
             self._outbox.offer(operation.target, self._lengths(operation.thread_ids), self._now_us())
 
     def _lengths(self, thread_ids: Iterable[str]) -> list[tuple[str, int]]:
-        """(thread id, v) of the threads that are here, as they were before this commit. Those that it made are
-        owed to every target anyway."""
+        """(thread id, v) of the threads that may be offered, as they were before this commit: those that it made
+        are owed to every target anyway, and one that is not recovered would cut the very log it waits for."""
         found: list[tuple[str, int]] = []
         for thread_id in thread_ids:
+            if thread_id in self._cluster.unrecovered:
+                continue
             touched = self._touched.get(thread_id)
             thread = self._threads.get(thread_id)
             row = touched.before if touched is not None else thread.row if thread is not None else None
@@ -477,7 +484,8 @@ class MemoryStore:
         return [id_ for id_, thread in self._threads.items() if thread.row.group == group]
 
     def _win(self, operation: base.Win) -> None:
-        self._cluster.win(operation)
+        if not self._cluster.win(operation):
+            return
         self._outbox.forget(self._of_group(operation.group))
         for target, thread_ids in operation.offers:
             ids = thread_ids if thread_ids is not None else self._of_group(operation.group)
@@ -492,6 +500,11 @@ class MemoryStore:
         if self._cluster.meet(operation.region, operation.incarnation):
             for group in sorted(self._cluster.held):
                 self._outbox.offer(operation.region, self._lengths(self._of_group(group)), self._now_us())
+
+    def _settle(self, operation: base.Settle) -> None:
+        self._cluster.settle(operation)
+        if operation.standing == "learner":
+            self._outbox.forget(list(self._threads))
 
     def _trim(self, operation: base.Trim) -> None:
         self._keys = {key: keyed for key, keyed in self._keys.items() if keyed.at_us >= operation.keys_before_us}
@@ -588,7 +601,7 @@ class MemoryStore:
     async def saved(self, *, limit: int, buried: bool = False) -> Sequence[base.Saved]:
         found = [saved for saved in self._saved.values() if saved.buried == buried]
         threads = {saved.thread_id for saved in found[:limit]}
-        return sorted((it for it in found if it.thread_id in threads), key=lambda saved: saved.thread_id)
+        return sorted((it for it in found if it.thread_id in threads), key=order_saved)
 
     async def held_access(self) -> Mapping[str, Access]:
         return dict(sorted(self._holds.items()))

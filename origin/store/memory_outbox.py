@@ -61,6 +61,10 @@ class Outbox:
             due.want_v, due.offered = v, True
             due.parked, due.attempts, due.next_at = False, 0, 0.0
 
+    def offer_to_all(self, thread_id: str, v: int, at_us: int) -> None:
+        for target in self._rows:
+            self.offer(target, [(thread_id, v)], at_us)
+
     def forget(self, thread_ids: Iterable[str]) -> None:
         """What was owed of these threads is another holder's to send."""
         for thread_id in thread_ids:

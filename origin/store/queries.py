@@ -16,7 +16,7 @@ from typing import Final, cast
 
 import msgspec
 
-from origin.store.base import PAGE_BYTES_MAX, BadCursor, Behind, Freshness, Listing, ListQuery, Moved, ThreadPage
+from origin.store.base import PAGE_BYTES_MAX, BadCursor, Behind, Freshness, Listing, ListQuery, Moved, Saved, ThreadPage
 from origin.thread import Row, Version
 
 CURSOR_CHARS_MAX: Final = 4_096
@@ -29,6 +29,15 @@ _CJK: Final = re.compile(
     "\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 _TOKEN: Final = re.compile("[^\\W_](?:[^\\W_]|[\u0300-\u036f])*")
+
+
+# ---------------------------------------------------------------- saved entries
+
+
+def order_saved(saved: Saved) -> tuple[str, int, int]:
+    """Threads apart, and each in the order of its acknowledgements: a log saved whole after its tail was cut
+    begins with its creation all the same."""
+    return saved.thread_id, saved.entry.epoch, saved.entry.seq
 
 
 # ---------------------------------------------------------------- listings

@@ -41,11 +41,12 @@ class SqliteOutbox:
             self._db.execute(_MARK_URGENT if urgent else _MARK, (target, n, want_v, had_v, at_us))
 
     def offer_group(self, target: str, group: str) -> None:
-        """Offer `target` every thread of the group: a row with nothing to send, whose answer says where to begin,
-        so threads that it has cost one hash each."""
+        """Offer `target` every recovered thread of the group: a row with nothing to send, whose answer says where
+        to begin, so threads that it has cost one hash each."""
         if target in self._targets:
             self._db.execute(
-                f"{_OFFER} SELECT ?, n, v, v, ?, 1 FROM threads WHERE grp = ? {_OFFERED}",
+                f"{_OFFER} SELECT ?, n, v, v, ?, 1 FROM threads "
+                f"WHERE grp = ? AND id NOT IN (SELECT thread_id FROM recoveries) {_OFFERED}",
                 (target, self._now_us(), group),
             )
 
@@ -57,6 +58,14 @@ class SqliteOutbox:
                 f"{_OFFER} VALUES(?, ?, ?, ?, ?, 1) {_OFFERED}",
                 [(target, n, v, v, now_us) for n, v in threads],
             )
+
+    def offer_to_all(self, n: int, v: int) -> None:
+        for target in self._targets:
+            self.offer(target, [(n, v)])
+
+    def forget_all(self) -> None:
+        """What a disk owed before it was restored is another holder's to send, or to be found out again."""
+        self._db.execute("DELETE FROM outbox")
 
     def forget_group(self, group: str) -> None:
         """What was owed for a group is its new holder's to send."""

@@ -17,7 +17,7 @@ from origin.access import may_read
 from origin.log import access_change
 from origin.store import base
 from origin.store.bodies import BodyFiles
-from origin.store.queries import after_seq, check_freshness, cut_page, decode_cursor, encode_cursor, words
+from origin.store.queries import after_seq, check_freshness, cut_page, decode_cursor, encode_cursor, order_saved, words
 from origin.store.sqlite_rows import (
     ENTRY_COLUMNS,
     KIND_NUMBERS,
@@ -277,13 +277,14 @@ def read_saved(db: apsw.Connection, limit: int, buried: bool) -> list[base.Saved
     """Whole threads, so that a creation is never parted from what follows it."""
     found = db.execute(
         "SELECT thread_id, grp, entry, at_us, buried FROM saved WHERE buried = ? AND thread_id IN "
-        "(SELECT thread_id FROM saved WHERE buried = ? ORDER BY pos LIMIT ?) ORDER BY thread_id, pos",
+        "(SELECT thread_id FROM saved WHERE buried = ? ORDER BY pos LIMIT ?) ORDER BY pos",
         (int(buried), int(buried), limit),
     )
-    return [
+    saved = [
         base.Saved(id_, group, msgspec.msgpack.decode(entry, type=Entry), at_us, bool(buried))
         for id_, group, entry, at_us, buried in found
     ]
+    return sorted(saved, key=order_saved)
 
 
 def read_held_access(db: apsw.Connection) -> dict[str, base.Access]:

@@ -51,6 +51,7 @@ class _Touched(msgspec.Struct):
     row: Row
     first_seq: int
     replicate: bool
+    recovered: bool = False
 
 
 class SqliteWriter:
@@ -153,7 +154,7 @@ class SqliteWriter:
                 case base.MeetPeer():
                     return self._meet(operation)
                 case base.Settle():
-                    return self._cluster.settle(operation)
+                    return self._settle(operation)
                 case base.Trim():
                     return self._trim(operation)
         except StoreError as error:
@@ -170,10 +171,9 @@ class SqliteWriter:
         group = self._held_group(self._group_of(row, write))
         if write.thread_id in self._cluster.unrecovered:
             raise base.Recovering(write.thread_id)
-        if row is not None and log.stricter(row, self._holds.get(row.id)).deleted and not row.deleted:
-            raise base.ThreadNotFound(write.thread_id)  # a held deletion counts as done
         view = _LogView(self._db, self._bodies, n)
-        plan = log.plan_write(write, row, view, epoch=group.epoch, at_us=self._now_us())
+        hold = self._holds.get(write.thread_id)
+        plan = log.plan_write(write, row, view, epoch=group.epoch, at_us=self._now_us(), hold=hold)
         if plan.append:
             self._append(write.thread_id, n, row, plan.row, plan.append, replicate=True)
         return Written(
@@ -240,19 +240,22 @@ class SqliteWriter:
             if plan.row.group != operation.group:
                 answer = Refused(f"the creation names group {plan.row.group!r}")
             else:
-                if plan.cut is not None:
-                    assert n is not None and row is not None
-                    self._cut(n, row, plan.cut, group.group, len(plan.append))
+                tail = None
+                if plan.cut is not None and n is not None and row is not None:
+                    tail = self._cut(n, row, plan.cut, group.group, len(plan.append))
                 self._append(delta.id, n, row, plan.row, plan.append, replicate=False)
                 if plan.cut is not None:
                     self._index_title(self._rows[delta.id][0], plan.row)
+                # Only now: the row before the cut has caught up with the very deletion that was cut.
+                self._hold(delta.id, tail, None)
         self._hold(delta.id, delta.access, answer)
         if recovery is not None:
             self._finish_recovery(recovery)
         return answer
 
-    def _cut(self, n: int, row: Row, cut: int, group: str, followed_by: int) -> None:
-        """Save the entries behind `cut` and take them out of the log. What they deleted or narrowed stays so."""
+    def _cut(self, n: int, row: Row, cut: int, group: str, followed_by: int) -> Access | None:
+        """Save the entries behind `cut` and take them out of the log. What they deleted or narrowed is to stay
+        so: returns the record of it."""
         tail = _LogView(self._db, self._bodies, n).span(cut + 1, row.v)
         sqlite_rows.save(self._db, row.id, group, tail, self._now_us())
         self._db.execute("DELETE FROM entries WHERE pos > ? AND pos <= ?", (place(n, cut), place(n, row.v)))
@@ -260,9 +263,6 @@ class SqliteWriter:
         self._db.executemany(
             "DELETE FROM search WHERE rowid = ?", [(place(n, it.seq),) for it in tail if it.kind == "message"]
         )
-        access = log.tail_access(row, tail)
-        if access is not None:
-            self._hold(row.id, access, None)
         touched = self._touched.get(row.id)
         if touched is None:
             self._touched[row.id] = _Touched(n, row, row, base.MOVED, False)
@@ -272,19 +272,26 @@ class SqliteWriter:
             "entries that the holder's log lacks were saved",
             extra={"fields": {"thread": row.id, "behind": cut, "saved": len(tail), "followed_by": followed_by}},
         )
+        return log.tail_access(row, tail)
 
     def _finish_recovery(self, recovery: base.Recovery) -> None:
-        """Once the log found by the election is here, whole, the thread is served again and sent to everyone."""
+        """Once the log found by the election is here, whole, the thread is served again and offered to everyone.
+
+        Offered, not owed from where this log was before: that place may lie behind what was adopted, and would
+        pass for a confirmation of all that is written up to it.
+        """
         head = recovery.head
         n, row = self._row(head.thread_id)
-        if row is None or n is None or _LogView(self._db, self._bodies, n).hash_at(head.v) != head.hash:
+        if recovery.group not in self._cluster.held or row is None or n is None:
+            return
+        if _LogView(self._db, self._bodies, n).hash_at(head.v) != head.hash:
             return
         self._cluster.recovered(head.thread_id)
         touched = self._touched.get(head.thread_id)
         if touched is not None:
-            touched.replicate = True
+            touched.recovered = True
         else:
-            self._outbox.mark(n, want_v=row.v, had_v=row.v, at_us=self._now_us(), urgent=False)
+            self._outbox.offer_to_all(n, row.v)
 
     def _hold(self, thread_id: str, access: Access | None, answer: Applied | Gap | Diverged | Refused | None) -> None:
         """Keep an access record that the log has not got to, so that it takes effect at once."""
@@ -417,7 +424,9 @@ class SqliteWriter:
             self._position += 1
             self._db.execute("INSERT INTO changes VALUES(?, ?, ?, ?)", (self._position, n, touched.first_seq, row.v))
             self.changes.append(sqlite_rows.change_of(shown, self._position, touched.first_seq, row.v))
-            if touched.replicate:
+            if touched.recovered:
+                self._outbox.offer_to_all(n, row.v)
+            elif touched.replicate:
                 self._outbox.mark(
                     n,
                     want_v=row.v,
@@ -456,12 +465,21 @@ class SqliteWriter:
             self._outbox.offer(operation.target, self._numbers(operation.thread_ids))
 
     def _numbers(self, thread_ids: Iterable[str]) -> list[tuple[int, int]]:
-        """(number, v) of the threads that are here."""
-        found = [self._row(thread_id) for thread_id in thread_ids]
-        return [(n, row.v) for n, row in found if n is not None and row is not None]
+        """(number, v) of the threads that may be offered, as they were before this batch: those that it made are
+        owed to every target anyway, and one that is not recovered would cut the very log it waits for."""
+        found: list[tuple[int, int]] = []
+        for thread_id in thread_ids:
+            if thread_id in self._cluster.unrecovered:
+                continue
+            touched = self._touched.get(thread_id)
+            n, row = (touched.n, touched.before) if touched is not None else self._row(thread_id)
+            if n is not None and row is not None:
+                found.append((n, row.v))
+        return found
 
     def _win(self, operation: base.Win) -> None:
-        self._cluster.win(operation)
+        if not self._cluster.win(operation):
+            return
         self._outbox.forget_group(operation.group)
         for target, thread_ids in operation.offers:
             if thread_ids is None:
@@ -478,6 +496,11 @@ class SqliteWriter:
         if self._cluster.meet(operation.region, operation.incarnation):
             for group in sorted(self._cluster.held):
                 self._outbox.offer_group(operation.region, group)
+
+    def _settle(self, operation: base.Settle) -> None:
+        self._cluster.settle(operation)
+        if operation.standing == "learner":
+            self._outbox.forget_all()
 
     def _trim(self, operation: base.Trim) -> None:
         self._db.execute("DELETE FROM idempotency WHERE at_us < ?", (operation.keys_before_us,))

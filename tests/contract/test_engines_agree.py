@@ -37,6 +37,7 @@ from origin.store.sqlite import SqliteStore
 from tests.contract.conftest import Engine
 from tests.support.builders import (
     REGIONS,
+    acknowledged,
     append,
     change,
     create,
@@ -81,8 +82,9 @@ def batches_of(seed: int) -> list[list[Choice]]:
 class Scripted:
     """Turns drawn numbers into operations; keeps a peer whose deltas it sends."""
 
-    def __init__(self, clock: FakeClock) -> None:
+    def __init__(self, clock: FakeClock, engine: Engine) -> None:
         self.clock = clock
+        self.engine = engine
         self.peer = MemoryStore(region=PEER, members=REGIONS, clock=clock)
 
     async def operation(self, choice: Choice) -> Operation:
@@ -118,7 +120,12 @@ class Scripted:
                 group = HERE if (b, c) == (0, 0) else THIRD
                 return AdoptGroup(GroupRow(group, 1 + c % 3, REGIONS[b % 3], 1 + c % 3))
             case "ack":
-                return Acknowledge(REGIONS[b % 3], ((thread_id, c), (THREADS[b % 3], a)))
+                found = await acknowledged(self.engine, REGIONS[b % 3], (thread_id, c), (THREADS[b % 3], a))
+                return (
+                    found
+                    if a or b
+                    else Acknowledge(found.target, tuple((id_, v, bytes(32)) for id_, v, _ in found.threads))
+                )
             case "postpone":
                 return Postpone(REGIONS[b % 3], thread_id, "busy", self.clock.time() + c - 4, parked=c % 2 == 0)
             case "unpark":
@@ -193,8 +200,8 @@ async def _same_to_see(memory: Engine, disk: Engine) -> None:
 
 async def _agree(batches: Sequence[Sequence[Choice]], folder: Path) -> None:
     clock = FakeClock()
-    script = Scripted(clock)
     memory = MemoryStore(region=HERE, members=REGIONS, clock=clock, rng=random.Random(1))
+    script = Scripted(clock, memory)
     disk = await SqliteStore.open(folder, region=HERE, members=REGIONS, clock=clock, body_file_bytes=300)
     try:
         start = [create(THREADS[0], ANN, visibility="team"), create(THREADS[1], ANN, messages=[message("m1", "word0")])]

@@ -29,6 +29,7 @@ from tests.support.builders import (
     ANN,
     BOB,
     REGIONS,
+    acknowledged,
     append,
     change,
     commit_one,
@@ -137,19 +138,19 @@ async def test_a_write_owes_the_thread_to_every_other_member(engine: Engine) -> 
 
 async def test_an_acknowledgement_moves_its_target_only_and_the_last_settles_it(engine: Engine) -> None:
     await commit_one(engine, create(T, messages=messages(2)))
-    await commit_one(engine, Acknowledge(PEER, ((T, 2),)))
+    await commit_one(engine, await acknowledged(engine, PEER, (T, 2)))
     assert await owed(engine, PEER) == {T: (2, 3)}
     assert await owed(engine, THIRD) == {T: (0, 3)}
-    await commit_one(engine, Acknowledge(PEER, ((T, 1),)))
+    await commit_one(engine, await acknowledged(engine, PEER, (T, 1)))
     assert await owed(engine, PEER) == {T: (2, 3)}, "an old answer takes nothing back"
-    await commit_one(engine, Acknowledge(PEER, ((T, 3), (OTHER, 9))))
+    await commit_one(engine, await acknowledged(engine, PEER, (T, 3), (OTHER, 9)))
     assert await owed(engine, PEER) == {}
     assert dict(await engine.unconfirmed(T)) == {THIRD: 0}
 
 
 async def test_a_target_that_was_owed_nothing_is_owed_from_the_log_before_the_write(engine: Engine) -> None:
     await commit_one(engine, create(T, messages=messages(2)))
-    await commit_one(engine, Acknowledge(PEER, ((T, 3),)))
+    await commit_one(engine, await acknowledged(engine, PEER, (T, 3)))
     await engine.commit([append(T, message("m3")), append(T, message("m4"))])
     assert await owed(engine, PEER) == {T: (3, 5)}
     assert await owed(engine, THIRD) == {T: (0, 5)}
@@ -158,20 +159,32 @@ async def test_a_target_that_was_owed_nothing_is_owed_from_the_log_before_the_wr
 @pytest.mark.parametrize("ack_first", [True, False])
 async def test_an_acknowledgement_beside_a_write_of_its_thread_loses_nothing(engine: Engine, ack_first: bool) -> None:
     await commit_one(engine, create(T))
-    pair: list[Operation] = [Acknowledge(PEER, ((T, 1),)), append(T, message("m1"))]
+    pair: list[Operation] = [await acknowledged(engine, PEER, (T, 1)), append(T, message("m1"))]
     await engine.commit(pair if ack_first else pair[::-1])
     assert await owed(engine, PEER) == {T: (1, 2)}
 
 
+async def test_an_acknowledgement_of_another_log_counts_for_nothing(engine: Engine) -> None:
+    """Its target answered before a failover, about entries that have the same places and are not these."""
+    await commit_one(engine, create(T, messages=messages(2)))
+    await commit_one(engine, Acknowledge(PEER, ((T, 3, bytes(32)),)))
+    assert await owed(engine) == {T: (0, 3)}
+    two = (await acknowledged(engine, PEER, (T, 2))).threads[0][2]
+    await commit_one(engine, Acknowledge(PEER, ((T, 3, two), (OTHER, 1, two))))
+    assert await owed(engine) == {T: (0, 3)}
+    await commit_one(engine, Acknowledge(PEER, ((T, 2, two),)))
+    assert await owed(engine) == {T: (2, 3)}
+
+
 async def test_an_acknowledgement_of_more_than_there_is_counts_for_nothing(engine: Engine) -> None:
     await commit_one(engine, create(T))
-    await commit_one(engine, Acknowledge(PEER, ((T, 2),)))
+    await commit_one(engine, await acknowledged(engine, PEER, (T, 2)))
     assert await owed(engine, PEER) == {T: (0, 1)}
 
 
 async def test_a_retry_owes_nothing_new(engine: Engine) -> None:
     await commit_one(engine, create(T, messages=messages(1)))
-    await commit_one(engine, Acknowledge(PEER, ((T, 2),)))
+    await commit_one(engine, await acknowledged(engine, PEER, (T, 2)))
     await commit_one(engine, append(T, message("m1")))
     assert await owed(engine, PEER) == {}
 
@@ -187,7 +200,7 @@ async def test_what_came_from_another_region_is_owed_to_nobody(open_engine: Open
 async def test_due_rows_are_given_but_not_more_than_asked_for_nor_those_in_flight(engine: Engine) -> None:
     ids = [f"{number:08d}-0000-4000-8000-000000000000" for number in range(5)]
     await engine.commit([create(thread_id) for thread_id in ids])
-    await commit_one(engine, Acknowledge(PEER, tuple((thread_id, 1) for thread_id in ids)))
+    await commit_one(engine, await acknowledged(engine, PEER, *((thread_id, 1) for thread_id in ids)))
     for thread_id in (ids[3], ids[0], ids[4], ids[1]):
         await commit_one(engine, append(thread_id, message("m1")))
     assert len(await engine.outbox(PEER, due_before=FOREVER, limit=3)) == 3
@@ -255,7 +268,7 @@ async def test_a_deletion_reaches_targets_that_park_the_thread(engine: Engine) -
 async def test_progress_clears_what_was_held_against_a_thread(engine: Engine) -> None:
     await commit_one(engine, create(T, messages=messages(3)))
     await commit_one(engine, Postpone(PEER, T, "busy", next_at=FOREVER, parked=True))
-    await commit_one(engine, Acknowledge(PEER, ((T, 2),)))
+    await commit_one(engine, await acknowledged(engine, PEER, (T, 2)))
     [row] = await engine.outbox(PEER, due_before=0, limit=9)
     assert (row.acked_v, row.attempts, row.parked, row.last_error) == (2, 0, False, None)
 
@@ -267,16 +280,22 @@ async def test_a_peer_with_a_new_disk_is_offered_all_that_is_held_here(open_engi
     await commit_one(engine, received(await delta_from(other, foreign), group=PEER))
     await engine.commit([create(T, messages=messages(2)), create(OTHER)])
     for target in (PEER, THIRD):
-        await commit_one(engine, Acknowledge(target, ((T, 3), (OTHER, 1))))
+        await commit_one(engine, await acknowledged(engine, target, (T, 3), (OTHER, 1)))
     await commit_one(engine, delete(OTHER))
     await commit_one(engine, MeetPeer(PEER, "disk-1"))
     assert await owed(engine, PEER) == {T: (3, 3), OTHER: (1, 2)}
     assert await owed(engine, THIRD) == {OTHER: (1, 2)}
-    await commit_one(engine, Acknowledge(PEER, ((T, 3), (OTHER, 2))))
+    await commit_one(engine, await acknowledged(engine, PEER, (T, 3), (OTHER, 2)))
     await commit_one(engine, MeetPeer(PEER, "disk-1"))
     assert await owed(engine, PEER) == {}, "the same disk as before"
     await commit_one(engine, MeetPeer(PEER, "disk-2"))
     assert await owed(engine, PEER) == {T: (3, 3), OTHER: (2, 2)}
+    assert dict(await engine.unconfirmed(T)) == {PEER: 0}, "where to begin is not what it has"
+    await commit_one(engine, await acknowledged(engine, PEER, (T, 1)))
+    assert await owed(engine, PEER) == {T: (1, 3), OTHER: (2, 2)}, "the answer says where to begin"
+    assert dict(await engine.unconfirmed(T)) == {PEER: 1}
+    await commit_one(engine, MeetPeer(PEER, "disk-1"))
+    assert dict(await engine.unconfirmed(T)) == {PEER: 1}, "an older disk than is known"
     await commit_one(engine, MeetPeer("stranger", "disk-1"))
     await commit_one(engine, MeetPeer(HERE, "disk-1"))
     assert await owed(engine, "stranger") == await owed(engine, HERE) == {}
@@ -311,7 +330,7 @@ async def test_what_changed_nothing_is_not_in_the_feed(engine: Engine) -> None:
         [
             append(T, message("m1")),
             append(T, message("m1", "other")),
-            Acknowledge(PEER, ((T, 2),)),
+            await acknowledged(engine, PEER, (T, 2)),
             MeetPeer(PEER, "disk"),
             AdoptGroup(GroupRow(PEER, 2, PEER, 2)),
             Postpone(PEER, T, "x", 0, False),

@@ -554,6 +554,7 @@ EXPECTED = {
     base.ThreadFull: (409, False),
     base.NotHolder: (503, True),
     base.Fenced: (503, True),
+    base.Recovering: (503, True),
     base.BadCursor: (400, False),
     base.BadQuery: (400, False),
     base.Moved: (409, False),

@@ -74,7 +74,7 @@ def name_of(operation: Operation) -> str:
 
 
 def ack(target: str = "eu-west") -> Acknowledge:
-    return Acknowledge(target, (("t", 1),))
+    return Acknowledge(target, (("t", 1, bytes(32)),))
 
 
 @pytest.fixture

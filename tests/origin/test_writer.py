@@ -37,7 +37,7 @@ from tests.support.builders import ANN, REGIONS, append, create, message
 from tests.support.fakeclock import FakeClock, settle
 
 HANGS_AFTER_S = 20.0
-ACK = Acknowledge("eu-west", (("t", 1),))
+ACK = Acknowledge("eu-west", (("t", 1, bytes(32)),))
 Script = Callable[[Sequence[Operation]], Sequence[Outcome]]
 
 

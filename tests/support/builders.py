@@ -11,6 +11,7 @@ import msgspec
 from infra.identity import Principal
 from origin.store.base import (
     Access,
+    Acknowledge,
     Applied,
     ApplyDelta,
     Draft,
@@ -151,8 +152,10 @@ def delta_of(piece: LogSlice, access: Access | None = None) -> ThreadDelta:
     return ThreadDelta(piece.row.id, piece.base_v, piece.base_hash, piece.entries, commit_v=piece.row.v, access=access)
 
 
-def received(delta: ThreadDelta, *, group: str = "us-east", epoch: int = 1) -> ApplyDelta:
-    return ApplyDelta(group, epoch, "us-east", delta)
+def received(
+    delta: ThreadDelta, *, group: str = "us-east", epoch: int = 1, source: str = "us-east", ordered: bool = True
+) -> ApplyDelta:
+    return ApplyDelta(group, epoch, source, delta, ordered)
 
 
 async def delta_from(log: ReplicaLog, thread_id: str, after: int = 0, upto: int | None = None) -> ThreadDelta:
@@ -176,12 +179,21 @@ async def commit_one(log: ReplicaLog, operation: Operation) -> Outcome:
     return outcome
 
 
-async def copy_threads(source: ReplicaLog, replica: ReplicaLog, *thread_ids: str) -> None:
+async def acknowledged(log: ReplicaLog, target: str, *threads: tuple[str, int]) -> Acknowledge:
+    """What `target` answers when it holds each (thread id, v) of the very log that `log` has."""
+    found: list[tuple[str, int, bytes]] = []
+    for thread_id, v in threads:
+        piece = await log.slice(thread_id, v, bytes_max=1)
+        found.append((thread_id, v, piece.base_hash if piece is not None and piece.base_v == v else b"?" * 32))
+    return Acknowledge(target, tuple(found))
+
+
+async def copy_threads(source: ReplicaLog, replica: ReplicaLog, *thread_ids: str, epoch: int = 1) -> None:
     """Bring threads of the group us-east up to date in another region."""
     for thread_id in thread_ids:
         have = await replica.row(thread_id)
         delta = await delta_from(source, thread_id, have.v if have is not None else 0)
-        outcome = await commit_one(replica, received(delta))
+        outcome = await commit_one(replica, received(delta, epoch=epoch))
         assert isinstance(outcome, Applied), outcome
 
 
