@@ -12,7 +12,8 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -145,7 +146,8 @@ class Coordinator:
         thread_id = message.write.thread_id
         group = await self._group_of(message.write)
         written = await self._write_in(group, message.write, hops=message.hops + 1)
-        delta = await self._log.slice(thread_id, message.have_v, bytes_max=FETCH_BYTES_MAX)
+        with _written_already():
+            delta = await self._log.slice(thread_id, message.have_v, bytes_max=FETCH_BYTES_MAX)
         assert delta is not None
         return ForwardAnswer(
             written=msgspec.structs.replace(written, entries=()),
@@ -163,12 +165,13 @@ class Coordinator:
         written = await self._local.submit(write)
         assert isinstance(written, Written)
         group = written.row.group
-        if level != "region":
-            await self._await_others(written.row, written.version.v, self._others(level))
-        if self._failover.needs_lease and not self._failover.has_lease(group):
-            raise OutcomeUnknown(f"another region may hold group {group} by now; retry with the same ids")
-        if written.narrowed and self._topology.peers:
-            return await self._await_narrowing(write.thread_id, written)
+        with _written_already():
+            if level != "region":
+                await self._await_others(written.row, written.version.v, self._others(level))
+            if self._failover.needs_lease and not self._failover.has_lease(group):
+                raise OutcomeUnknown(f"another region may hold group {group} by now; retry with the same ids")
+            if written.narrowed and self._topology.peers:
+                return await self._await_narrowing(write.thread_id, written)
         return written
 
     def _others(self, level: str) -> int:
@@ -322,8 +325,13 @@ class Coordinator:
             raise Unavailable(f"region {group.holder}, which orders this thread's writes, is out of reach") from error
         except PeerRefused as error:
             raise Unavailable(str(error)) from error
-        await self._apply_answer(answer, group.holder)
-        return await self._complete(answer, write.thread_id)
+        except base.ThreadExists as error:
+            if sent:  # perhaps it is this creation that exists, whose first answer was lost
+                raise OutcomeUnknown(f"{error}; an earlier try may have created it") from error
+            raise
+        with _written_already():
+            await self._apply_answer(answer, group.holder)
+            return await self._complete(answer, write.thread_id)
 
     async def _apply_answer(self, answer: ForwardAnswer, source: str) -> None:
         if await self._apply(answer.delta, answer.group, source):
@@ -549,6 +557,18 @@ class Coordinator:
             )
             return False
         return True
+
+
+@contextmanager
+def _written_already() -> Generator[None]:
+    """What fails from here on does not undo the write: told that a queue or a disk was full, a client would take
+    it for not written."""
+    try:
+        yield
+    except OutcomeUnknown:
+        raise
+    except base.StoreError as error:
+        raise OutcomeUnknown(f"written, but not to the end: {error}; retry with the same ids") from error
 
 
 def _in_group(create: base.Draft, group: str) -> base.Draft:
