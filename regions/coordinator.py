@@ -44,7 +44,7 @@ from origin.store.base import (
     Write,
     Written,
 )
-from origin.thread import ClaimBody, CreateBody, Entry, Row, encode
+from origin.thread import ClaimBody, CreateBody, Entry, PatchBody, Row, encode
 from regions.adoption import FETCH_BYTES_MAX, FETCH_SECONDS_MAX
 from regions.claims import Claims
 from regions.failover import Failover
@@ -170,7 +170,7 @@ class Coordinator:
                 await self._await_others(written.row, written.version.v, self._others(level))
             if self._failover.needs_lease and not self._failover.has_lease(group):
                 raise OutcomeUnknown(f"another region may hold group {group} by now; retry with the same ids")
-            if written.narrowed and self._topology.peers:
+            if self._topology.peers and (written.narrowed or any(map(_restricts, written.entries))):
                 return await self._await_narrowing(write.thread_id, written)
         return written
 
@@ -366,7 +366,7 @@ class Coordinator:
             found = await self.claims.find(thread_id)
             if found is None:
                 raise ThreadNotFound(thread_id)
-            return self._remember(thread_id, found.group)
+            return found.group  # not remembered: a creation must not take it for claimed at a majority
         actor = write.actor
         claim = await self.claims.claim(thread_id, ClaimBody(self._topology.region, actor.issuer, actor.subject))
         if (claim.issuer, claim.owner) != (actor.issuer, actor.subject):
@@ -484,7 +484,7 @@ class Coordinator:
             claim = await self.claims.find(thread_id)
             if claim is None:
                 raise ThreadNotFound(thread_id)
-            group = self._remember(thread_id, claim.group)
+            group = claim.group
         known = self._log.groups.get(group)
         if known is None:
             raise ThreadNotFound(thread_id)
@@ -557,6 +557,15 @@ class Coordinator:
             )
             return False
         return True
+
+
+def _restricts(entry: Entry) -> bool:
+    """True for an entry that may have let fewer people read. The retry of one waits as the first try did, whose
+    caller never heard which regions had yet to apply it."""
+    if entry.kind == "patch":
+        visibility = msgspec.json.decode(entry.body, type=PatchBody).visibility
+        return visibility is not msgspec.UNSET and visibility != "public"
+    return entry.kind == "delete"
 
 
 @contextmanager

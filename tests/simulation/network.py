@@ -135,13 +135,14 @@ class Network:
             arrive()
 
     def request(self, source: str, target: str, path: str, data: bytes, reply: Callable[[str, bytes], None]) -> None:
-        """Carry a request there and what comes of it back to `reply`, which may be called more than once."""
+        """Carry a request there and what comes of it back to `reply`. One that comes twice is carried out twice;
+        the caller hears of the first."""
         if not self.carry(source, target, lambda: self._arrive(source, target, path, data, reply)):
             self._loop.call_later(RESET_S, reply, AWAY, b"", context=self._context)
             return
         if self.weather.duplicate and self._rng.random() < self.weather.duplicate:
             self._counts["packet doubled"] += 1
-            self.carry(source, target, lambda: self._arrive(source, target, path, data, reply))
+            self.carry(source, target, lambda: self._arrive(source, target, path, data, _unheard))
 
     def _arrive(self, source: str, target: str, path: str, data: bytes, reply: Callable[[str, bytes], None]) -> None:
         region = self.regions[target]
@@ -188,6 +189,10 @@ class Network:
                 bad = msgspec.structs.replace(first, body=first.body + b" ")
                 threads[index] = msgspec.structs.replace(delta, entries=(bad, *rest))
         return msgspec.structs.replace(message, threads=tuple(threads))
+
+
+def _unheard(kind: str, body: bytes) -> None:
+    return None
 
 
 async def _serve(handler: Callable[[Any], Any], message: Any, answer: Callable[[str, bytes], None]) -> None:
