@@ -45,12 +45,12 @@ class Checker:
     def acknowledged(self, request: Request, attempt: Attempt, written: Written) -> None:
         """A write was acknowledged: it must be as durable as was asked, right now."""
         world = self._world
-        if request.kind != "claimed" and world.destroyed and world.destroyed[-1].at >= attempt.start:
+        if world.lost_disk_since(attempt.start):
             return
         needed = {"region": 1, "quorum": world.majority, "all": len(world.names)}[attempt.level]
         thread_id = written.row.id
         for entry in written.entries:
-            holders = world.holders_of(thread_id, entry.id)
+            holders = world.holders_of(thread_id, entry.id, saved=attempt.level == "region")
             if len(holders) < needed:
                 world.violation(
                     f"not durable: entry {entry.id} of {thread_id} was acknowledged at {attempt.level} "
@@ -64,8 +64,8 @@ class Checker:
         if request.creates:
             self._created(request, written)
         if request.expect is not None and written.entries and attempt.ids == ():
-            first = min(entry.seq for entry in written.entries)
-            if first != request.expect.v + 1:
+            first, epoch = min((entry.seq, entry.epoch) for entry in written.entries)
+            if first != request.expect.v + 1 and epoch == request.expect.epoch:
                 world.violation(f"a write based on {request.expect} was appended at {first}: {request.describe()}")
 
     def _created(self, request: Request, written: Written) -> None:
@@ -99,8 +99,6 @@ class Checker:
 
     def denied(self, thread_id: str, actor: Principal, start: float, what: str) -> None:
         """The owner of an acknowledged thread was told that it does not exist."""
-        if self._world.destroyed:
-            return
         requests = self._history.of(thread_id)
         created = [
             request
@@ -108,7 +106,7 @@ class Checker:
             if request.creates
             and request.actor == actor
             and any(
-                attempt.end < start and attempt.written is not None and attempt.written.row.owner == actor.subject
+                attempt.end < start and self._stands(attempt) and _owner(attempt) == actor.subject
                 for attempt in request.acked
             )
         ]
@@ -127,7 +125,10 @@ class Checker:
             applied = [
                 attempt
                 for attempt in narrowing.acked
-                if attempt.end < start and attempt.written is not None and region not in attempt.written.pending
+                if attempt.end < start
+                and attempt.written is not None
+                and region not in attempt.written.pending
+                and not self._world.lost_disk_since(attempt.start)
             ]
             if not applied:
                 continue
@@ -182,11 +183,11 @@ class Checker:
             expected = [pair for pair in seen if pair[0] > after_seq]
             if messages[: len(expected)] != expected:
                 world.violation(f"seen before {expected} and not now {messages}: {what}")
-        if origin and not world.destroyed:
+        if origin:
             present = set(ids)
             for request in self._history.of(row.id):
                 for attempt in request.acked:
-                    if attempt.end < start and attempt.written is not None and after_seq == 0:
+                    if attempt.end < start and self._stands(attempt) and after_seq == 0:
                         missing = [id_ for id_ in attempt.ids or request.bodies if id_ not in present]
                         if missing and not request.keyed:
                             world.violation(f"not at its origin {missing}: {request.describe()}: {what}")
@@ -200,7 +201,7 @@ class Checker:
 
     def listed(self, actor: Principal, start: float, listing: Listing, what: str) -> None:
         """A listing with consistency=origin holds every own thread acknowledged before it was asked for."""
-        if self._world.destroyed or listing.next_cursor is not None:
+        if listing.next_cursor is not None:
             return
         ids = {row.id for row in listing.rows}
         for request in self._history.requests:
@@ -208,15 +209,26 @@ class Checker:
                 continue
             deleted = any(other.deletes and not other.refused for other in self._history.of(request.thread_id))
             if not deleted and any(
-                attempt.end < start and attempt.written is not None and attempt.written.row.owner == actor.subject
+                attempt.end < start and self._stands(attempt) and _owner(attempt) == actor.subject
                 for attempt in request.acked
             ):
                 self._world.violation(f"not listed: {request.describe()}: {what}")
 
+    def _stands(self, attempt: Attempt) -> bool:
+        """An acknowledgement that must show at once: not one at `region` whose group has moved since, which comes
+        back with the old holder's tail, nor one whose entries went with a disk."""
+        written = attempt.written
+        if written is None:
+            return False
+        if any((written.row.id, entry.id) in self._world.gone for entry in written.entries):
+            return False
+        epoch = max((entry.epoch for entry in written.entries), default=written.row.epoch)
+        return attempt.level != "region" or epoch == self._world.epoch(written.row.group)
+
     def _place(self, thread_id: str, epoch: int, seq: int, entry_id: str) -> None:
         """One place of a log, in one epoch, holds one entry, whoever looks and whenever."""
         known = self._places.setdefault((thread_id, epoch, seq), entry_id)
-        if known != entry_id and not self._world.destroyed:
+        if known != entry_id and (thread_id, known) not in self._world.gone:
             self._world.violation(f"{thread_id} had {known} and {entry_id} at {epoch}.{seq}")
 
     # ------------------------------------------------------------ after healing
@@ -245,6 +257,12 @@ class Checker:
         for name, region in world.regions.items():
             if region.node is None:
                 return f"{name} is not up"
+            if region.node.engine.standing != "voter":
+                return f"{name} has not joined: {region.node.joining.reason}"
+            if region.node.engine.unrecovered:
+                return f"{name} has threads to recover: {sorted(region.node.engine.unrecovered)[:3]}"
+            if region.medium.unsaved():
+                return f"{name} has a saved tail: {region.node.tails.last_error}"
             if region.node.writer.statistics().queued:
                 return f"{name} has writes waiting"
             for target in world.names:
@@ -306,16 +324,16 @@ class Checker:
         if request.keyed:
             ids = {id_ for attempt in request.attempts for id_ in attempt.ids}
             found = [id_ for id_ in sorted(ids) if medium.seq_of(request.thread_id, id_) is not None]
-            if len(found) > 1:
+            if len(found) > 1 and row is not None and not world.moved(row.group):
                 world.violation(f"a keyed request was done {len(found)} times: {request.describe()}")
-            if self._due(request) and not found:
+            if self._due(request) and not found and not self._buried(row):
                 world.violation(f"lost: {request.describe()}")
             return
         if self._due(request):
             written = request.acked[0].written
             entries = {entry.id for entry in written.entries} if written is not None else set(request.entry_ids)
             lost = sorted(it for it in entries if medium.seq_of(request.thread_id, it) is None)
-            if lost:
+            if lost and not self._buried(row):
                 world.violation(f"lost {lost}: {request.describe()}")
             if request.deletes and (row is None or not row.deleted):
                 world.violation(f"a deletion was lost: {request.describe()}")
@@ -331,10 +349,20 @@ class Checker:
             world.violation(f"{row.id} was deleted, which nobody asked for")
 
     def _due(self, request: Request) -> bool:
-        """Acknowledged, and not lost together with as many disks as its level does not survive."""
+        """Acknowledged, and not gone with the only disk that had it."""
         return any(
-            not self._world.excused(request.thread_id, attempt.level, attempt.start) for attempt in request.acked
+            attempt.written is not None
+            and not any((request.thread_id, entry.id) in self._world.gone for entry in attempt.written.entries)
+            for attempt in request.acked
         )
+
+    def _buried(self, row: Row | None) -> bool:
+        """A tail for a thread deleted meanwhile goes to the graveyard."""
+        return row is not None and row.deleted and self._world.moved(row.group)
+
+
+def _owner(attempt: Attempt) -> str:
+    return attempt.written.row.owner if attempt.written is not None else ""
 
 
 def _written(request: Request) -> list[Written]:

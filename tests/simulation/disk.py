@@ -29,11 +29,11 @@ from tests.simulation.loop import SimClock, SimLoop, Trace
 
 READS: Final = frozenset(
     {
-        "access", "backlog", "changes", "feed_bounds", "find", "list", "log", "outbox", "read", "replay", "row",
-        "slice", "unconfirmed",
+        "access", "backlog", "changes", "digests", "feed_bounds", "find", "heads", "held_access", "list", "log", "outbox",
+        "owed", "read", "replay", "row", "saved", "slice", "unconfirmed",
     }
 )  # fmt: skip
-GROWS: Final = (base.Write, base.ApplyDelta)
+GROWS: Final = (base.Write, base.ApplyDelta, base.Resubmit)
 
 
 class Medium(Protocol):
@@ -64,6 +64,14 @@ class Medium(Protocol):
     def entries(self, thread_id: str) -> Sequence[Entry]: ...
 
     def seq_of(self, thread_id: str, entry_id: str) -> int | None: ...
+
+    def saved(self) -> set[tuple[str, str]]:
+        """(thread, entry) of what was cut from logs and has to come back, and of the graveyard."""
+        ...
+
+    def unsaved(self) -> int:
+        """How many saved entries have yet to come back."""
+        ...
 
     def backlog(self, target: str) -> base.Backlog: ...
 
@@ -114,6 +122,12 @@ class MemoryMedium:
     def seq_of(self, thread_id: str, entry_id: str) -> int | None:
         thread = self._store._threads.get(thread_id) if self._store is not None else None
         return None if thread is None else thread.seq_of.get(entry_id)
+
+    def saved(self) -> set[tuple[str, str]]:
+        return {(it.thread_id, it.entry.id) for it in self._store._saved.values()} if self._store is not None else set()
+
+    def unsaved(self) -> int:
+        return sum(not it.buried for it in self._store._saved.values()) if self._store is not None else 0
 
     def backlog(self, target: str) -> base.Backlog:
         assert self._store is not None
@@ -191,6 +205,13 @@ class SqliteMedium:
     def seq_of(self, thread_id: str, entry_id: str) -> int | None:
         found = sqlite_read.read_entry(self._db, BodyFiles(self._folder / "bodies"), thread_id, entry_id)
         return None if found is None else found.seq
+
+    def saved(self) -> set[tuple[str, str]]:
+        return {(str(a), str(b)) for a, b in self._db.execute("SELECT thread_id, entry_id FROM saved")}
+
+    def unsaved(self) -> int:
+        [(count,)] = self._db.execute("SELECT count(*) FROM saved WHERE buried = 0")
+        return int(str(count))
 
     def backlog(self, target: str) -> base.Backlog:
         return sqlite_read.read_backlog(self._db, target, 0)

@@ -12,8 +12,10 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from origin.store.base import StoreError
+from regions.failover import PromotionFailed
 from tests.simulation.disk import Moods
-from tests.simulation.world import SimRegion, World
+from tests.simulation.world import NoAnswer, SimRegion, Unreachable, World
 
 Nemesis = Callable[[World, random.Random], Awaitable[None]]
 
@@ -223,6 +225,67 @@ async def clock_jump(world: World, rng: random.Random) -> None:
     """Wall-clock time steps, either way; it stays so."""
     pick(world, rng).clock.skew_s += rng.choice((-1.0, 1.0)) * rng.choice((0.05, 2.0, 400.0))
     await asyncio.sleep(0)
+
+
+@nemesis
+async def backup(world: World, rng: random.Random) -> None:
+    """Keep a copy of a disk as it is now."""
+    region = pick(world, rng)
+    if region.node is not None:
+        world.backups[region.name] = (region.medium.copy(), world.now)
+    await asyncio.sleep(0)
+
+
+@nemesis
+async def empty_disk(world: World, rng: random.Random) -> None:
+    """A region comes back with an empty disk."""
+    region = pick(world, rng)
+    if world.may_lose_a_disk():
+        world.counts["disk replaced"] += 1
+        region.lose_disk(None, 0.0)
+    await asyncio.sleep(0)
+
+
+@nemesis
+async def restored_disk(world: World, rng: random.Random) -> None:
+    """A region comes back as it was a while ago."""
+    name = rng.choice(world.names)
+    if name in world.backups and world.may_lose_a_disk():
+        world.counts["disk restored"] += 1
+        world.regions[name].lose_disk(*world.backups.pop(name))
+    await asyncio.sleep(0)
+
+
+# ---------------------------------------------------------------- groups
+
+
+@nemesis
+async def promote(world: World, rng: random.Random) -> None:
+    """An operator makes some region a group's holder."""
+    await _promote(world, rng, pick(world, rng), graceful=False)
+
+
+@nemesis
+async def promote_gracefully(world: World, rng: random.Random) -> None:
+    await _promote(world, rng, pick(world, rng), graceful=True)
+
+
+@nemesis
+async def promote_twice(world: World, rng: random.Random) -> None:
+    """Two operators, two regions, one group."""
+    group = rng.choice(world.names)
+    two = rng.sample(world.names, 2)
+    await asyncio.gather(*(_promote(world, rng, world.regions[name], graceful=False, group=group) for name in two))
+
+
+async def _promote(world: World, rng: random.Random, region: SimRegion, *, graceful: bool, group: str = "") -> None:
+    group = group or rng.choice(world.names)
+    try:
+        await world.ask(region.name, lambda node: node.failover.promote(group, graceful=graceful), seconds_max=15.0)
+    except (Unreachable, NoAnswer, PromotionFailed, StoreError):
+        world.counts["promotion failed"] += 1
+    else:
+        world.counts["promotion done"] += 1
 
 
 # ---------------------------------------------------------------- all of them

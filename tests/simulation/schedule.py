@@ -82,6 +82,10 @@ def run(schedule: Schedule, *, keep_trace: bool = False) -> Result:
         shuffle=rng.choice((0.0, 0.0, 0.2, 0.8)),
         keep_trace=keep_trace,
     )
+    mode = rng.choice(("manual", "auto"))
+    world.limits = msgspec.structs.replace(
+        world.limits, failover=msgspec.structs.replace(world.limits.failover, mode=mode)
+    )
     history = History()
     complaints = _Complaints(world)
     root = logging.getLogger()
@@ -164,7 +168,7 @@ async def settle(world: World, checker: Checker, clients: list[Client]) -> None:
     for region in world.regions.values():
         if region.node is not None:
             await region.node.writer.submit(checker.unpark)
-            region.node.replicator.retry_parked()
+            region.node.replicator.look_again()
     began = world.now
     if not await world.until(lambda: checker.converged() is None, seconds_max=HEAL_SECONDS_MAX, every_s=0.25):
         world.violation(f"not at rest {HEAL_SECONDS_MAX:.0f} s after healing: {checker.converged()}")

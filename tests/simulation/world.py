@@ -20,6 +20,7 @@ from origin.ids import IdMint
 from origin.store import base
 from origin.writer import Engine
 from regions.coordinator import CoordinatorLimits
+from regions.failover import FailoverLimits
 from regions.node import Node, NodeLimits, open_node
 from regions.peer_service import PeerService
 from regions.replication_target import ReplicationLimits
@@ -32,6 +33,8 @@ REGIONS: Final = ("us-east", "eu-west", "ap-south", "sa-east", "af-south")
 LIMITS: Final = NodeLimits(
     coordinator=CoordinatorLimits(write_seconds_max=2.0, pending_wait_s=1.0),
     replication=ReplicationLimits(heartbeat_s=0.5, request_seconds_max=2.0),
+    failover=FailoverLimits(after_s=4.0, lease_s=2.0, stuck_s=2.0, call_seconds_max=2.0),
+    repair_every_s=10.0,
     queue_deadline_s=2.0,
 )
 
@@ -65,6 +68,8 @@ class SimRegion:
         self.place = Place(world.loop, name)
         self.node: Node | None = None
         self.boots = 0
+        self.restored = False
+        """Its disk is a copy from before, to be started for the first time."""
         self.down = True
         """Neither up nor starting."""
         self._kept: list[object] = []
@@ -87,6 +92,11 @@ class SimRegion:
         world = self.world
         rng = random.Random(f"{world.seed}/{self.name}/{boot}")
         engine = await self.medium.open(self.clock, rng)
+        if self.restored:
+            # What `weft restore` leaves: an old copy that knows it is one, under a name that nobody has seen.
+            self.restored = False
+            incarnation = f"{int(self.clock.time() * 1000):012x}{rng.getrandbits(80):020x}"
+            await engine.commit([base.Settle("learner", incarnation=incarnation)])
         disk = SimDisk(
             engine,
             loop=world.loop,
@@ -118,6 +128,17 @@ class SimRegion:
         self.node, self.down = None, True
         self.place.die()
         self.medium.crash()
+
+    def lose_disk(self, backup: Medium | None, backup_at: float) -> None:
+        """Crash and start with another disk: an empty one, or an older copy."""
+        self.crash()
+        self.world.destroy(self.name, backup_at if backup is not None else -1.0)
+        old = self.medium
+        if backup is None:
+            old.drop()
+        else:
+            self.medium, self.restored = backup, True
+        self.start()
 
     def crash_soon(self, down_s: float) -> None:
         """Crash before anything else of it runs, and start again after `down_s`."""
@@ -194,8 +215,13 @@ class World:
         self.threads: list[str] = []
         """Ids that clients have used, for faults that aim at one."""
         self.destroyed: list[Destroyed] = []
+        self.gone: set[tuple[str, str]] = set()
+        """(thread, entry) whose only copy was on a disk when that was lost: the one excuse for losing them."""
+        self.backups: dict[str, tuple[Medium, float]] = {}
         self._groups: dict[str, dict[str, base.GroupRow]] = {name: {} for name in names}
         self._winners: dict[tuple[str, int], str] = {}
+        self._served: dict[tuple[str, int], str] = {}
+        self._epochs: dict[str, int] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -218,34 +244,61 @@ class World:
         """Epochs never go back on a disk, and one epoch of a group has one holder wherever it is seen."""
         before = self._groups[region.name]
         groups = engine.groups
+        for name, row in groups.items():
+            if engine.is_holder(name):
+                winner = self._served.setdefault((name, row.epoch), region.name)
+                if winner != region.name:
+                    self.violation(f"{winner} and {region.name} both serve {name} in epoch {row.epoch}")
         if groups is before:
             return
         for name, row in groups.items():
             known = before.get(name)
             if known is not None and (row.epoch < known.epoch or row.promised < known.promised):
                 self.violation(f"epochs go back: {region.name} had {known}, has {row}")
+            self._epochs[name] = max(row.epoch, self._epochs.get(name, 0))
             winner = self._winners.setdefault((name, row.epoch), row.holder)
             if winner != row.holder:
                 self.violation(f"two holders of epoch {row.epoch} of {name}: {winner} and {row.holder}")
         self._groups[region.name] = groups
 
-    def holders_of(self, thread_id: str, entry_id: str) -> list[str]:
-        """Regions whose disk holds an entry."""
-        return [name for name, region in self.regions.items() if region.medium.seq_of(thread_id, entry_id) is not None]
+    def holders_of(self, thread_id: str, entry_id: str, *, saved: bool = False) -> list[str]:
+        """Regions whose disk holds an entry in the thread's log, or (`saved`) among what was cut from one."""
+        return [
+            name
+            for name, region in self.regions.items()
+            if region.medium.seq_of(thread_id, entry_id) is not None
+            or (saved and (thread_id, entry_id) in region.medium.saved())
+        ]
 
-    def holder(self, group: str) -> str:
-        """Who orders a group, by the highest epoch seen anywhere."""
-        epoch = max(epoch for name, epoch in self._winners if name == group)
-        return self._winners[group, epoch]
+    def epoch(self, group: str) -> int:
+        """The highest epoch in which anybody won the group."""
+        return self._epochs.get(group, 1)
+
+    def moved(self, group: str) -> bool:
+        """True when the group has had more than one holder's epoch."""
+        return self.epoch(group) > 1
+
+    def destroy(self, region: str, backup_at: float) -> None:
+        """Take note of what only this disk holds before it is gone."""
+        medium = self.regions[region].medium
+        held = [(thread_id, entry.id) for thread_id in medium.thread_ids() for entry in medium.entries(thread_id)]
+        for pair in (*held, *sorted(medium.saved())):
+            if all(name == region for name in self.holders_of(*pair, saved=True)):
+                self.gone.add(pair)
+        self.destroyed.append(Destroyed(region, self.now, backup_at))
+        self._groups[region] = {}
+
+    def may_lose_a_disk(self) -> bool:
+        """One at a time: with another still learning what its own had, a majority would be lost."""
+        return all(it.node is not None and it.node.engine.standing == "voter" for it in self.regions.values())
+
+    def lost_disk_since(self, moment: float, region: str | None = None) -> bool:
+        """True when a disk (of `region`) was lost after `moment`."""
+        return any(it.at >= moment and region in (None, it.region) for it in self.destroyed)
 
     def foreign(self, thread_id: str) -> bool:
         """True for an id that no region minted."""
         return Topology.of(self.names[0], self.urls).minted_by(thread_id) is None
-
-    def excused(self, thread_id: str, level: str, since: float) -> bool:
-        """True when enough disks were lost after `since` for what was acknowledged at `level` to be gone."""
-        lost = {it.region for it in self.destroyed if it.at >= since}
-        return len(lost) >= {"region": 1, "quorum": self.majority, "all": len(self.names)}[level]
 
     # ------------------------------------------------------------ asking a region
 
@@ -297,7 +350,9 @@ class World:
     def all_met(self) -> bool:
         others = len(self.regions) - 1
         return all(
-            region.node is not None and len(region.node.replicator.reachable()) == others
+            region.node is not None
+            and region.node.engine.standing == "voter"
+            and len(region.node.replicator.reachable()) == others
             for region in self.regions.values()
         )
 
