@@ -14,13 +14,14 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-full lint bench lock clean
+.PHONY: help install run test test-full lint bench simulate lock clean
 
 help:
 	@echo 'make run        three regions and their edges on loopback'
 	@echo 'make test       the test suite, at most 8 minutes'
 	@echo 'make test-full  the tests that take longer'
 	@echo 'make lint       ruff, pyright, import-linter'
+	@echo 'make simulate   schedules of faults on virtual time; N=how many, SEED=the first (N=1 replays one)'
 	@echo 'make bench      benchmarks beside their peers; ONLY=case for one'
 	@echo 'make install    only set up .venv'
 	@echo 'make lock       pin the dependencies again; UPGRADE=1 to newer ones'
@@ -45,6 +46,9 @@ lint: install
 
 bench: install
 	$(BIN)/python -m tests.bench $(ONLY) $(ARGS)
+
+simulate: install
+	@$(BIN)/python -m tests.simulation --n $(or $(N),1000) --seed $(or $(SEED),1) $(ARGS)
 
 # The lock names no host, index or path: it installs from anybody's index.
 lock: install

@@ -12,7 +12,8 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -45,7 +46,7 @@ from origin.store.base import (
     Written,
 )
 from origin.store.queries import after_seq, check_freshness
-from origin.thread import ClaimBody, CreateBody, Entry, Row, encode
+from origin.thread import ClaimBody, CreateBody, Entry, PatchBody, Row, encode
 from regions.adoption import FETCH_BYTES_MAX, FETCH_SECONDS_MAX
 from regions.claims import Claims
 from regions.failover import Failover
@@ -151,7 +152,8 @@ class Coordinator:
         thread_id = message.write.thread_id
         group = await self._group_of(message.write)
         written = await self._write_in(group, message.write, hops=message.hops + 1)
-        delta = await self._log.slice(thread_id, message.have_v, bytes_max=FETCH_BYTES_MAX)
+        with _written_already():
+            delta = await self._log.slice(thread_id, message.have_v, bytes_max=FETCH_BYTES_MAX)
         assert delta is not None
         return ForwardAnswer(
             written=msgspec.structs.replace(written, entries=()),
@@ -169,12 +171,13 @@ class Coordinator:
         written = await self._local.submit(write)
         assert isinstance(written, Written)
         group = written.row.group
-        if level != "region":
-            await self._await_others(written.row, written.version.v, self._others(level))
-        if self._failover.needs_lease and not self._failover.has_lease(group):
-            raise OutcomeUnknown(f"another region may hold group {group} by now; retry with the same ids")
-        if written.narrowed:
-            return await self._await_narrowing(write.thread_id, written)
+        with _written_already():
+            if level != "region":
+                await self._await_others(written.row, written.version.v, self._others(level))
+            if self._failover.needs_lease and not self._failover.has_lease(group):
+                raise OutcomeUnknown(f"another region may hold group {group} by now; retry with the same ids")
+            if written.narrowed or any(map(_restricts, written.entries)):
+                return await self._await_narrowing(write.thread_id, written)
         return written
 
     def _others(self, level: str) -> int:
@@ -332,11 +335,16 @@ class Coordinator:
             raise Unavailable(f"region {group.holder}, which orders this thread's writes, is out of reach") from error
         except PeerRefused as error:
             raise Unavailable(str(error)) from error
-        await self._apply_answer(answer, group.holder)
-        written = await self._complete(answer, write.thread_id)
-        if written.narrowed:
-            # The holder has waited for its own edges, and for ours only if replication came before this answer.
-            await self._edges.dropped(written.position)
+        except base.ThreadExists as error:
+            if sent:  # perhaps it is this creation that exists, whose first answer was lost
+                raise OutcomeUnknown(f"{error}; an earlier try may have created it") from error
+            raise
+        with _written_already():
+            await self._apply_answer(answer, group.holder)
+            written = await self._complete(answer, write.thread_id)
+            if written.narrowed or any(map(_restricts, written.entries)):
+                # The holder has waited for its own edges, and for ours only if replication came before this answer.
+                await self._edges.dropped(written.position)
         return written
 
     async def _apply_answer(self, answer: ForwardAnswer, source: str) -> None:
@@ -372,7 +380,7 @@ class Coordinator:
             found = await self.claims.find(thread_id)
             if found is None:
                 raise ThreadNotFound(thread_id)
-            return self._remember(thread_id, found.group)
+            return found.group  # not remembered: a creation must not take it for claimed at a majority
         actor = write.actor
         claim = await self.claims.claim(thread_id, ClaimBody(self._topology.region, actor.issuer, actor.subject))
         if (claim.issuer, claim.owner) != (actor.issuer, actor.subject):
@@ -507,7 +515,7 @@ class Coordinator:
             claim = await self.claims.find(thread_id)
             if claim is None:
                 raise ThreadNotFound(thread_id)
-            group = self._remember(thread_id, claim.group)
+            group = claim.group
         known = self._log.groups.get(group)
         if known is None:
             raise ThreadNotFound(thread_id)
@@ -592,6 +600,27 @@ def _behind(row: Row, after: str | None, freshness: Freshness) -> bool:
     except StoreError:
         return False
     return False
+
+
+def _restricts(entry: Entry) -> bool:
+    """True for an entry that may have let fewer people read. The retry of one waits as the first try did, whose
+    caller never heard which regions had yet to apply it."""
+    if entry.kind == "patch":
+        visibility = msgspec.json.decode(entry.body, type=PatchBody).visibility
+        return visibility is not msgspec.UNSET and visibility != "public"
+    return entry.kind == "delete"
+
+
+@contextmanager
+def _written_already() -> Generator[None]:
+    """What fails from here on does not undo the write: told that a queue or a disk was full, a client would take
+    it for not written."""
+    try:
+        yield
+    except OutcomeUnknown:
+        raise
+    except base.StoreError as error:
+        raise OutcomeUnknown(f"written, but not to the end: {error}; retry with the same ids") from error
 
 
 def _in_group(create: base.Draft, group: str) -> base.Draft:

@@ -417,10 +417,11 @@ class Target:
         self._bytes += sum(len(entry.body) for delta in threads for entry in delta.entries)
         still = self._log.is_holder(group) and self._log.groups[group].epoch == known.epoch
         for delta, result in zip(threads, answer.results, strict=True):
-            dirty = batch.pop(delta.id)
+            # Out of the batch only when settled: what fails here is put back with the rest, and not in flight for ever.
             # Said of an epoch that is over, it counts for nothing: what was owed then is not owed now.
             if still:
-                await self._settle_thread(delta, dirty, result)
+                await self._settle_thread(delta, batch[delta.id], result)
+            del batch[delta.id]
             self._flying.discard(delta.id)
         self._flush_acks()
 

@@ -602,6 +602,10 @@ class Trim(msgspec.Struct, frozen=True):
     feed_rows_max: int
 
 
+POSTPONED_S_MAX = 60.0
+"""No row is postponed by more."""
+
+
 class Unpark(msgspec.Struct, frozen=True):
     """Parked threads of `target` (of every target when None) are due again."""
 
@@ -728,7 +732,10 @@ class ReplicaLog(Protocol):
     async def outbox(
         self, target: str, *, due_before: float, limit: int, skip: frozenset[str] = frozenset()
     ) -> Sequence[OutboxRow]:
-        """Due rows of a target, in no promised order; parked ones are not due."""
+        """Due rows of a target, in no promised order; parked ones are not due.
+
+        A row is never postponed by more than `POSTPONED_S_MAX`: one due later than that is due now, since the
+        clock was set back."""
         ...
 
     async def unconfirmed(self, thread_id: str) -> Mapping[str, int]:

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from origin.store.base import Backlog, OutboxRow, Postpone
+from origin.store.base import POSTPONED_S_MAX, Backlog, OutboxRow, Postpone
 
 ERROR_CHARS_MAX: Final = 500
 
@@ -106,7 +106,9 @@ class Outbox:
         found = [
             (thread_id, due)
             for thread_id, due in self._rows.get(target, {}).items()
-            if not due.parked and due.next_at <= due_before and thread_id not in skip
+            if not due.parked
+            and (due.next_at <= due_before or due.next_at > due_before + POSTPONED_S_MAX)
+            and thread_id not in skip
         ]
         return [
             OutboxRow(

@@ -204,8 +204,8 @@ def read_outbox(
     found = db.execute(
         "SELECT threads.id, want_v, acked_v, attempts, since_us, parked, last_error, offered "
         "FROM outbox JOIN threads ON threads.n = outbox.n "
-        "WHERE target = ? AND parked = 0 AND next_at <= ? ORDER BY outbox.n LIMIT ?",
-        (target, due_before, limit + len(skip)),
+        "WHERE target = ? AND parked = 0 AND (next_at <= ? OR next_at > ?) ORDER BY outbox.n LIMIT ?",
+        (target, due_before, due_before + base.POSTPONED_S_MAX, limit + len(skip)),
     )
     rows = [
         base.OutboxRow(target, id_, want_v, acked_v, attempts, since_us, bool(parked), last_error, bool(offered))
