@@ -243,9 +243,9 @@ class Connection:
         for lane in self.lanes.values():
             lane.changed()
         # Sockets that were lost while the link was silent: now it shows.
-        if not any(faults.silence for faults in self.link.ways.values()):
-            if any(transport.is_closing() for transport in self.transports):
-                self.reset()
+        heard = not any(faults.silence for faults in self.link.ways.values())
+        if heard and any(transport.is_closing() for transport in self.transports):
+            self.reset()
 
 
 class Proxy:
@@ -360,7 +360,7 @@ class LinkProxy:
         self, changes: Sequence[tuple[str, Sequence[Way], Mapping[str, Any]]], *, refusing: bool | None = None
     ) -> None:
         """Several links at one moment."""
-        sent = [(name, refusing, {way: faults for way in ways}) for name, ways, faults in changes]
+        sent = [(name, refusing, dict.fromkeys(ways, faults)) for name, ways, faults in changes]
         self._ask({"do": "change", "changes": sent})
 
     def heal(self) -> None:
