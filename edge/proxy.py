@@ -230,6 +230,7 @@ class Upstream:
         headers_timeout_s: float,
     ) -> tuple[Origin, aiohttp.ClientResponse]:
         tried: list[Origin] = []
+        arrived = False  # an attempt that may have been carried out, though its answer was lost
         while True:
             origin = self._balancer.pick(tried)
             tried.append(origin)
@@ -246,9 +247,10 @@ class Upstream:
                 untouched = body is None or not body.started
                 if len(tried) == 1 and untouched and (unsent or (method in IDEMPOTENT_METHODS and not timed_out)):
                     self._retries.inc()
+                    arrived = not unsent
                     continue
                 log.warning("%s failed: %s", origin.url, str(exc) or type(exc).__name__)
-                raise _failure(method, unsent=unsent, timed_out=timed_out) from exc
+                raise _failure(method, unsent=unsent and not arrived, timed_out=timed_out) from exc
             except BaseException:
                 origin.release(failed=None)
                 raise

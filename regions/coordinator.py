@@ -45,7 +45,7 @@ from origin.store.base import (
     Written,
 )
 from origin.store.queries import after_seq, check_freshness
-from origin.thread import ClaimBody, CreateBody, Entry, Row, encode
+from origin.thread import ClaimBody, CreateBody, Entry, PatchBody, Row, encode
 from regions.adoption import FETCH_BYTES_MAX, FETCH_SECONDS_MAX
 from regions.claims import Claims
 from regions.failover import Failover
@@ -67,6 +67,8 @@ PAUSE_S: Final = 0.02
 BEHIND_WAIT_S: Final = 0.05
 KNOWN_GROUPS_MAX: Final = 65_536
 FORWARD_ATTEMPTS: Final = 3
+NOT_NOW: Final = (Unavailable, base.StoreBusy, base.Behind, base.Fenced, base.StoreFull)
+"""Refusals that tell a client that nothing was written."""
 
 _logger = logging.getLogger(__name__)
 
@@ -133,9 +135,10 @@ class Coordinator:
         if write.idempotency is not None:
             replayed = await self._log.replay(write.actor, write.idempotency)
             if replayed is not None:
-                if self._level(write) == "region":
+                if self._level(write) == "region" and not _may_narrow(replayed):
                     return replayed
-                # The first answer may have been given at a lower level: its thread's holder waits for this one.
+                # The first answer may have been given at a lower level, or lost before a narrowing was everywhere:
+                # its thread's holder waits for this one.
                 write = msgspec.structs.replace(write, thread_id=replayed.row.id)
         group = await self._group_of(write)
         if write.create is not None:
@@ -169,7 +172,7 @@ class Coordinator:
             await self._await_others(written.row, written.version.v, self._others(level))
         if self._failover.needs_lease and not self._failover.has_lease(group):
             raise OutcomeUnknown(f"another region may hold group {group} by now; retry with the same ids")
-        if written.narrowed and self._topology.peers:
+        if (written.narrowed or _may_narrow(written)) and self._topology.peers:
             return await self._await_narrowing(write.thread_id, written)
         return written
 
@@ -324,6 +327,11 @@ class Coordinator:
             raise Unavailable(f"region {group.holder}, which orders this thread's writes, is out of reach") from error
         except PeerRefused as error:
             raise Unavailable(str(error)) from error
+        except NOT_NOW as error:
+            if sent:
+                # Only the last attempt is known to have kept nothing.
+                raise OutcomeUnknown(f"{error}; retry with the same ids") from error
+            raise
         await self._apply_answer(answer, group.holder)
         return await self._complete(answer, write.thread_id)
 
@@ -565,6 +573,19 @@ def _behind(row: Row, after: str | None, freshness: Freshness) -> bool:
     except StoreError:
         return False
     return False
+
+
+def _may_narrow(written: Written) -> bool:
+    """Whether a write stands for entries by which fewer people may read, also when it is a retry and they were
+    there: the client may never have heard which regions still had to apply them."""
+    return any(
+        entry.kind == "delete"
+        or (
+            entry.kind == "patch"
+            and msgspec.json.decode(entry.body, type=PatchBody).visibility in ("private", "team")
+        )
+        for entry in written.entries
+    )
 
 
 def _in_group(create: base.Draft, group: str) -> base.Draft:
