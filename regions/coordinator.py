@@ -580,10 +580,7 @@ def _may_narrow(written: Written) -> bool:
     there: the client may never have heard which regions still had to apply them."""
     return any(
         entry.kind == "delete"
-        or (
-            entry.kind == "patch"
-            and msgspec.json.decode(entry.body, type=PatchBody).visibility in ("private", "team")
-        )
+        or (entry.kind == "patch" and msgspec.json.decode(entry.body, type=PatchBody).visibility in ("private", "team"))
         for entry in written.entries
     )
 

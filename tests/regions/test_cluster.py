@@ -23,7 +23,6 @@ from origin.store.base import (
     ThreadNotFound,
     Unavailable,
     Version,
-    Write,
 )
 from origin.thread import Row
 from regions.coordinator import CoordinatorLimits

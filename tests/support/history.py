@@ -25,8 +25,14 @@ REFUSALS: Final = frozenset([400, 401, 403, 404, 409, 410, 412, 413, 415, 422, 4
 """Statuses that promise that nothing was written (502: the region was not reached; a write that may have been is 504)."""
 
 
-def outcome_of(status: int) -> Kind:
-    """What an answer's status says of a write."""
+GONE_ALREADY: Final = frozenset([("delete", 404), ("create", 409)])
+"""What a repetition is told of what it did itself: edges repeat a DELETE whose answer was lost, regions a creation."""
+
+
+def outcome_of(f: str, status: int) -> Kind:
+    """What an answer's status says of an operation."""
+    if (f, status) in GONE_ALREADY:
+        return "info"
     return "ok" if status < 300 else "fail" if status in REFUSALS else "info"
 
 

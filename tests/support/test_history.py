@@ -354,10 +354,20 @@ def test_threads_that_were_not_looked_at_in_the_end_are_not_judged_by_it(story: 
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(200, "ok"), (204, "ok"), (404, "fail"), (503, "fail"), (504, "info"), (500, "info")]
+    ("f", "status", "kind"),
+    [
+        ("append", 200, "ok"),
+        ("delete", 204, "ok"),
+        ("append", 404, "fail"),
+        ("append", 503, "fail"),
+        ("append", 504, "info"),
+        ("append", 500, "info"),
+        ("delete", 404, "info"),
+        ("create", 409, "info"),
+    ],
 )
-def test_only_an_answer_that_says_so_is_a_failure(status: int, kind: str) -> None:
-    assert outcome_of(status) == kind
+def test_only_an_answer_that_says_so_is_a_failure(f: str, status: int, kind: str) -> None:
+    assert outcome_of(f, status) == kind
 
 
 def test_a_history_on_disk_is_the_history(story: Story) -> None:
