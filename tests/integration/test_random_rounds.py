@@ -23,7 +23,7 @@ import aiohttp
 import pytest
 
 from tests.support.faulty import KINDS, FaultyCluster, faulty_cluster
-from tests.support.history import History, Violation, check
+from tests.support.history import History, Violation, account, check
 from tests.support.outside import eventually
 from tests.support.workload import Workload
 
@@ -204,7 +204,8 @@ class Rounds:
     def told(self, violations: list[Violation]) -> str:
         kinds = Counter(violation.kind for violation in violations)
         head = f"repeat with WEFT_SEED={self.seed}; {self.history.path}: {dict(kinds)}"
-        return "\n".join([head, *map(str, violations[:20])])
+        lines = account(self.history.events, violations[0].thread)
+        return "\n".join([head, *map(str, violations[:20]), "all of the first one's thread:", *lines])
 
 
 async def run_rounds(folder: Path, rounds: int, seed: int) -> Rounds:

@@ -147,6 +147,20 @@ def operations(events: Iterable[Mapping[str, Any]]) -> tuple[list[Op], list[int]
     return list(ops.values()), healed
 
 
+def account(events: Iterable[Mapping[str, Any]], thread: str | None) -> list[str]:
+    """All that was asked about a thread and told, a line an operation; messages by their number only."""
+    lines: list[str] = []
+    for op in operations(events)[0]:
+        if op.thread == thread:
+            told = {key: value for key, value in op.result.items() if key not in ("messages", "seqs") and value}
+            asked = {key: value for key, value in op.value.items() if key not in ("messages", "thread") and value}
+            ended = "never" if op.ended == NEVER else str(op.ended)
+            lines.append(
+                f"{op.began}-{ended} {op.process} {op.f} {op.number} {asked} +{len(op.messages)}: {op.kind} {told}"
+            )
+    return lines
+
+
 def check(
     events: Iterable[Mapping[str, Any]],
     finals: Finals,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.history import Finals, History, Shown, Violation, check, digest_of, load, outcome_of
+from tests.support.history import Finals, History, Shown, Violation, account, check, digest_of, load, outcome_of
 
 REGIONS = ("us-east", "eu-west", "ap-south")
 T = "thread"
@@ -346,6 +346,15 @@ def internal_error(story: Story) -> Finals:
 )
 def test_a_planted_violation_is_found(story: Story, plant: Planted, kind: str) -> None:
     assert kind in kinds(story.violations(plant(story)))
+
+
+def test_an_account_tells_what_was_asked_about_one_thread(story: Story) -> None:
+    story.create(messages=("m1",))
+    story.create(thread="another")
+    story.append("m2", 3, kind="info")
+    [created, appended] = account(story.history.events, T)
+    assert "create 0" in created and "+1: ok" in created and "1.2" in created
+    assert "append 2" in appended and "info" in appended
 
 
 def test_threads_that_were_not_looked_at_in_the_end_are_not_judged_by_it(story: Story) -> None:
