@@ -12,7 +12,8 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -150,7 +151,8 @@ class Coordinator:
         thread_id = message.write.thread_id
         group = await self._group_of(message.write)
         written = await self._write_in(group, message.write, hops=message.hops + 1)
-        delta = await self._log.slice(thread_id, message.have_v, bytes_max=FETCH_BYTES_MAX)
+        with _kept():
+            delta = await self._log.slice(thread_id, message.have_v, bytes_max=FETCH_BYTES_MAX)
         assert delta is not None
         return ForwardAnswer(
             written=msgspec.structs.replace(written, entries=()),
@@ -167,6 +169,11 @@ class Coordinator:
             write = msgspec.structs.replace(write, durability=level)
         written = await self._local.submit(write)
         assert isinstance(written, Written)
+        with _kept():
+            return await self._confirmed(write, written, level)
+
+    async def _confirmed(self, write: Write, written: Written, level: Durability) -> Written:
+        """What was committed here, when as many others hold it as its level and its effect ask for."""
         group = written.row.group
         if level != "region":
             await self._await_others(written.row, written.version.v, self._others(level))
@@ -332,8 +339,9 @@ class Coordinator:
                 # Only the last attempt is known to have kept nothing.
                 raise OutcomeUnknown(f"{error}; retry with the same ids") from error
             raise
-        await self._apply_answer(answer, group.holder)
-        return await self._complete(answer, write.thread_id)
+        with _kept():
+            await self._apply_answer(answer, group.holder)
+            return await self._complete(answer, write.thread_id)
 
     async def _apply_answer(self, answer: ForwardAnswer, source: str) -> None:
         if await self._apply(answer.delta, answer.group, source):
@@ -573,6 +581,18 @@ def _behind(row: Row, after: str | None, freshness: Freshness) -> bool:
     except StoreError:
         return False
     return False
+
+
+@contextmanager
+def _kept() -> Generator[None]:
+    """Around what is done about a write after its holder has committed it: that it failed here (a full disk, a busy
+    reader, a peer gone) must not be told as "nothing was written"."""
+    try:
+        yield
+    except OutcomeUnknown:
+        raise
+    except (StoreError, PeerUnreachable, PeerRefused) as error:
+        raise OutcomeUnknown(f"kept, but not carried through: {error}; retry with the same ids") from error
 
 
 def _may_narrow(written: Written) -> bool:

@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 
 from origin.store.base import (
+    ApplyDelta,
     EntryConflict,
     Freshness,
     Idempotency,
@@ -18,6 +19,7 @@ from origin.store.base import (
     OutcomeUnknown,
     StoreBusy,
     StoreError,
+    StoreFull,
     ThreadDeleted,
     ThreadExists,
     ThreadNotFound,
@@ -388,6 +390,40 @@ async def test_a_refusal_after_a_lost_answer_leaves_the_outcome_unknown(
     with pytest.raises(OutcomeUnknown):
         await cluster["eu-west"].coordinator.write(append(thread_id, message("m2")))
     assert len(attempts) == 2
+    assert await texts(cluster, "us-east", thread_id) == ["m1", "m2"]
+
+
+async def test_a_write_that_its_region_kept_is_never_refused_because_it_can_not_be_applied_here(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This region's disk is full, the holder's is not: told "nothing was kept", a client would write it twice."""
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    writer = cluster["eu-west"].writer
+    submit = writer.submit
+
+    async def full(operation: Any) -> Any:
+        if isinstance(operation, ApplyDelta):
+            raise StoreFull("the disk is full")
+        return await submit(operation)
+
+    monkeypatch.setattr(writer, "submit", full)
+    with pytest.raises(OutcomeUnknown, match="the disk is full"):
+        await cluster["eu-west"].coordinator.write(append(thread_id, message("m2")))
+    assert await texts(cluster, "us-east", thread_id) == ["m1", "m2"]
+
+
+async def test_a_commit_whose_confirmations_can_not_be_read_is_unknown(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread_id = await make(cluster)
+
+    async def busy(_: str) -> Any:
+        raise StoreBusy("no reader is free")
+
+    monkeypatch.setattr(cluster["us-east"].store, "unconfirmed", busy)
+    with pytest.raises(OutcomeUnknown):
+        await cluster["us-east"].coordinator.write(append(thread_id, message("m2"), durability="quorum"))
     assert await texts(cluster, "us-east", thread_id) == ["m1", "m2"]
 
 
