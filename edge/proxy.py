@@ -50,6 +50,8 @@ ONE_WRITE_BYTES_MAX: Final = 64 * 1024
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 IDEMPOTENT_METHODS: Final = SAFE_METHODS | {"PUT", "DELETE"}
+NOT_NOW: Final = frozenset({429, 502, 503, 507})
+"""Answers that tell a client that nothing was written."""
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +237,11 @@ class Upstream:
             origin = self._balancer.pick(tried)
             tried.append(origin)
             try:
-                return origin, await self._ask(origin, method, target, headers, body, headers_timeout_s)
+                answer = await self._ask(origin, method, target, headers, body, headers_timeout_s)
+                if arrived and answer.status in NOT_NOW and method not in SAFE_METHODS:
+                    answer.close()
+                    raise _failure(method, unsent=False, timed_out=False)
+                return origin, answer
             except (Unanswered, aiohttp.ClientError, OSError) as exc:
                 if body is not None and body.failure is not None:
                     origin.release(failed=None)

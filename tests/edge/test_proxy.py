@@ -548,6 +548,12 @@ async def test_a_repetition_that_finds_nobody_does_not_make_the_first_attempt_un
     assert (response.status, len(origin.requests)) == (504, 1)
 
 
+async def test_a_repetition_that_is_refused_for_now_does_not_make_the_first_attempt_undone(plain, origin):
+    origin.answers = [b"", b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nRetry-After: 7\r\n\r\n"]
+    response = await plain.ask("DELETE", "/x", token="")
+    assert (response.status, len(origin.requests)) == (504, 2)
+
+
 async def test_a_second_origin_answers_where_the_first_broke_off(start_edge, origin, region):
     edge = await start_edge(origins=(origin.url, region.url), public=("/",), issuers=())
     for _ in range(4):
