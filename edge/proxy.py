@@ -50,6 +50,8 @@ ONE_WRITE_BYTES_MAX: Final = 64 * 1024
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 IDEMPOTENT_METHODS: Final = SAFE_METHODS | {"PUT", "DELETE"}
+NOT_NOW: Final = frozenset({429, 502, 503, 507})
+"""Answers that tell a client that nothing was written."""
 
 log = logging.getLogger(__name__)
 
@@ -230,11 +232,16 @@ class Upstream:
         headers_timeout_s: float,
     ) -> tuple[Origin, aiohttp.ClientResponse]:
         tried: list[Origin] = []
+        arrived = False  # an attempt that may have been carried out, though its answer was lost
         while True:
             origin = self._balancer.pick(tried)
             tried.append(origin)
             try:
-                return origin, await self._ask(origin, method, target, headers, body, headers_timeout_s)
+                answer = await self._ask(origin, method, target, headers, body, headers_timeout_s)
+                if arrived and answer.status in NOT_NOW and method not in SAFE_METHODS:
+                    answer.close()
+                    raise _failure(method, unsent=False, timed_out=False)
+                return origin, answer
             except (Unanswered, aiohttp.ClientError, OSError) as exc:
                 if body is not None and body.failure is not None:
                     origin.release(failed=None)
@@ -246,9 +253,10 @@ class Upstream:
                 untouched = body is None or not body.started
                 if len(tried) == 1 and untouched and (unsent or (method in IDEMPOTENT_METHODS and not timed_out)):
                     self._retries.inc()
+                    arrived = not unsent
                     continue
                 log.warning("%s failed: %s", origin.url, str(exc) or type(exc).__name__)
-                raise _failure(method, unsent=unsent, timed_out=timed_out) from exc
+                raise _failure(method, unsent=unsent and not arrived, timed_out=timed_out) from exc
             except BaseException:
                 origin.release(failed=None)
                 raise

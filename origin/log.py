@@ -133,10 +133,9 @@ def _plan_write(write: Write, row: Row | None, log: LogView, epoch: int, at_us: 
             raise StaleVersion(Version(0, 0))
         return _append(write, None, log, (write.create, *write.messages), (), epoch, at_us)
     if row.deleted:
-        if write.delete is not None and may_change(row, write.actor):
-            done = log.entry(write.delete.id)
-            if done is not None and done.kind == "delete":
-                return _append(write, row, log, (), (done,), epoch, at_us)
+        if write.delete is not None and may_change(row, write.actor) and log.entry(write.delete.id) is not None:
+            # The retry of the deletion itself, whose answer was lost: told 404, the deleter could not tell.
+            return _append(write, row, log, (), _split([write.delete], log)[0], epoch, at_us)
         if write.mode != "update" and may_change(row, write.actor):
             raise ThreadDeleted(f"thread {row.id} was deleted; its id can't be used again")
         raise ThreadNotFound(write.thread_id)

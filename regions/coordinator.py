@@ -69,6 +69,8 @@ PAUSE_S: Final = 0.02
 BEHIND_WAIT_S: Final = 0.05
 KNOWN_GROUPS_MAX: Final = 65_536
 FORWARD_ATTEMPTS: Final = 3
+NOT_NOW: Final = (Unavailable, base.StoreBusy, base.Behind, base.Fenced, base.StoreFull)
+"""Refusals that tell a client that nothing was written."""
 
 _logger = logging.getLogger(__name__)
 
@@ -137,10 +139,11 @@ class Coordinator:
         if write.idempotency is not None:
             replayed = await self._log.replay(write.actor, write.idempotency)
             if replayed is not None:
-                if self._level(write) == "region":
+                if self._level(write) == "region" and not _may_narrow(replayed):
                     _, position = await self._log.feed_bounds()
                     return msgspec.structs.replace(replayed, position=position)
-                # The first answer may have been given at a lower level: its thread's holder waits for this one.
+                # The first answer may have been given at a lower level, or lost before a narrowing was everywhere:
+                # its thread's holder waits for this one.
                 write = msgspec.structs.replace(write, thread_id=replayed.row.id)
         group = await self._group_of(write)
         if write.create is not None:
@@ -152,7 +155,7 @@ class Coordinator:
         thread_id = message.write.thread_id
         group = await self._group_of(message.write)
         written = await self._write_in(group, message.write, hops=message.hops + 1)
-        with _written_already():
+        with _kept():
             delta = await self._log.slice(thread_id, message.have_v, bytes_max=FETCH_BYTES_MAX)
         assert delta is not None
         return ForwardAnswer(
@@ -170,14 +173,18 @@ class Coordinator:
             write = msgspec.structs.replace(write, durability=level)
         written = await self._local.submit(write)
         assert isinstance(written, Written)
+        with _kept():
+            return await self._confirmed(write, written, level)
+
+    async def _confirmed(self, write: Write, written: Written, level: Durability) -> Written:
+        """What was committed here, when as many others hold it as its level and its effect ask for."""
         group = written.row.group
-        with _written_already():
-            if level != "region":
-                await self._await_others(written.row, written.version.v, self._others(level))
-            if self._failover.needs_lease and not self._failover.has_lease(group):
-                raise OutcomeUnknown(f"another region may hold group {group} by now; retry with the same ids")
-            if written.narrowed or any(map(_restricts, written.entries)):
-                return await self._await_narrowing(write.thread_id, written)
+        if level != "region":
+            await self._await_others(written.row, written.version.v, self._others(level))
+        if self._failover.needs_lease and not self._failover.has_lease(group):
+            raise OutcomeUnknown(f"another region may hold group {group} by now; retry with the same ids")
+        if written.narrowed or _may_narrow(written):
+            return await self._await_narrowing(write.thread_id, written)
         return written
 
     def _others(self, level: str) -> int:
@@ -339,10 +346,15 @@ class Coordinator:
             if sent:  # perhaps it is this creation that exists, whose first answer was lost
                 raise OutcomeUnknown(f"{error}; an earlier try may have created it") from error
             raise
-        with _written_already():
+        except NOT_NOW as error:
+            if sent:
+                # Only the last attempt is known to have kept nothing.
+                raise OutcomeUnknown(f"{error}; retry with the same ids") from error
+            raise
+        with _kept():
             await self._apply_answer(answer, group.holder)
             written = await self._complete(answer, write.thread_id)
-            if written.narrowed or any(map(_restricts, written.entries)):
+            if written.narrowed or _may_narrow(written):
                 # The holder has waited for its own edges, and for ours only if replication came before this answer.
                 await self._edges.dropped(written.position)
         return written
@@ -602,25 +614,26 @@ def _behind(row: Row, after: str | None, freshness: Freshness) -> bool:
     return False
 
 
-def _restricts(entry: Entry) -> bool:
-    """True for an entry that may have let fewer people read. The retry of one waits as the first try did, whose
-    caller never heard which regions had yet to apply it."""
-    if entry.kind == "patch":
-        visibility = msgspec.json.decode(entry.body, type=PatchBody).visibility
-        return visibility is not msgspec.UNSET and visibility != "public"
-    return entry.kind == "delete"
-
-
 @contextmanager
-def _written_already() -> Generator[None]:
-    """What fails from here on does not undo the write: told that a queue or a disk was full, a client would take
-    it for not written."""
+def _kept() -> Generator[None]:
+    """Around what is done about a write after its holder has committed it: that it failed here (a full disk, a busy
+    reader, a peer gone) must not be told as "nothing was written"."""
     try:
         yield
     except OutcomeUnknown:
         raise
-    except base.StoreError as error:
-        raise OutcomeUnknown(f"written, but not to the end: {error}; retry with the same ids") from error
+    except (StoreError, PeerUnreachable, PeerRefused) as error:
+        raise OutcomeUnknown(f"kept, but not carried through: {error}; retry with the same ids") from error
+
+
+def _may_narrow(written: Written) -> bool:
+    """Whether a write stands for entries by which fewer people may read, also when it is a retry and they were
+    there: the client may never have heard which regions still had to apply them."""
+    return any(
+        entry.kind == "delete"
+        or (entry.kind == "patch" and msgspec.json.decode(entry.body, type=PatchBody).visibility in ("private", "team"))
+        for entry in written.entries
+    )
 
 
 def _in_group(create: base.Draft, group: str) -> base.Draft:

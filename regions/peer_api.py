@@ -36,7 +36,7 @@ from regions.failover import PromotionFailed
 from regions.node import Node
 from regions.peer_client import PeerRefused, PeerUnreachable
 from regions.peer_service import Handler
-from regions.peer_wire import CONTENT_TYPE, Envelope, to_fault
+from regions.peer_wire import CONTENT_TYPE, DIGEST_HEADER, Envelope, content_digest, to_fault
 from regions.replicator import statistics_json
 from regions.topology import CONFIG_VERSION
 
@@ -130,8 +130,10 @@ class PeerApi:
                 body, status = msgspec.msgpack.encode(to_fault(error)), 409
             except Problem as problem:
                 response = problem_response(problem, current_trace_id())
-                response.headers.update(headers)
+                assert isinstance(response.body, bytes)
+                response.headers.update({**headers, DIGEST_HEADER: content_digest(response.body)})
                 return response
+            headers[DIGEST_HEADER] = content_digest(body)
             return web.Response(body=body, status=status, content_type=CONTENT_TYPE, headers=headers)
 
         return handle
@@ -140,6 +142,9 @@ class PeerApi:
         self, request: web.Request, decoder: msgspec.msgpack.Decoder[Envelope], caller: PeerIdentity
     ) -> Envelope:
         data = await _body(request, MESSAGE_BYTES_MAX)
+        if request.headers.get(DIGEST_HEADER) != content_digest(data):
+            # Not a 400, which a peer takes as final: the same message may well arrive whole.
+            raise Problem(422, "damaged", f"{DIGEST_HEADER}: the message is not the one that was sent")
         try:
             wire = msgspec.msgpack.decode(data, type=_Wire).wire
             if wire > WIRE:

@@ -1,7 +1,8 @@
 """Speaking to the other regions: one kept-alive connection pool, one method a message.
 
 Every request carries a short-lived service token for the region it goes to, and every answer is believed
-only with such a token of that region (mutual authentication by the cluster's key). Failures become
+only with such a token of that region (mutual authentication by the cluster's key) and with the digest of what
+came, as every request carries its own: a byte that changes on the way changes nothing. Failures become
 `PeerUnreachable`, which says whether the request may have been carried out; retrying is the caller's.
 """
 
@@ -21,7 +22,7 @@ from infra.identity import (
 )
 from infra.trace import HEADER as TRACEPARENT
 from infra.trace import current_trace
-from regions.peer_wire import CONTENT_TYPE, Envelope, Fault, from_fault
+from regions.peer_wire import CONTENT_TYPE, DIGEST_HEADER, Envelope, Fault, content_digest, from_fault
 from regions.topology import Topology
 
 ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024
@@ -85,6 +86,7 @@ class HttpPeers:
         headers = {
             IDENTITY_HEADER: self._signer.service_token(f"region:{region}"),
             "Content-Type": CONTENT_TYPE,
+            DIGEST_HEADER: content_digest(body),
         }
         if (trace := current_trace.get()) is not None:
             headers[TRACEPARENT] = str(trace.child())
@@ -98,6 +100,8 @@ class HttpPeers:
                     raise PeerUnreachable(region, "its answer is too large", sent=True)
                 data = await response.read()
                 self._believe(region, response.headers.get(SERVER_IDENTITY_HEADER, ""))
+                if response.headers.get(DIGEST_HEADER) != content_digest(data):
+                    raise PeerUnreachable(region, "its answer was damaged on the way", sent=True)
         except aiohttp.ClientConnectorError as error:
             raise PeerUnreachable(region, str(error), sent=False) from error
         except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from tests.bench import (
+    catch_up,
     http_append,
     importing,
     listing_scale,
@@ -12,6 +13,7 @@ from tests.bench import (
     replication_bytes,
     replication_latency,
     store_append,
+    wan_latency,
 )
 from tests.bench.harness import Case
 
@@ -22,5 +24,8 @@ CASES: Final[tuple[Case, ...]] = (
     load_thread.CASE,
     replication_latency.CASE,
     replication_bytes.CASE,
+    wan_latency.QUORUM,
+    wan_latency.VISIBLE,
+    catch_up.CASE,
     importing.CASE,
 )

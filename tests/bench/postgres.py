@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,24 +113,36 @@ async def postgres(folder: Path, **settings: str) -> AsyncGenerator[Postgres]:
 
 
 @asynccontextmanager
-async def replicated(folder: Path, subscribers: int = 2) -> AsyncGenerator[Postgres]:
-    """A publisher whose commits wait until all subscribers have flushed and applied them.
+async def replicated(
+    folder: Path, subscribers: int = 2, *, through: Callable[[int], Sequence[int]] | None = None
+) -> AsyncGenerator[tuple[Postgres, list[Postgres]]]:
+    """A publisher whose commits wait until all subscribers have flushed and applied them; and the subscribers.
+
+    `through`: given the publisher's TCP port, the ports by which each subscriber reaches it (else its socket).
 
     The subscriptions' own synchronous_commit is on, so that what a subscriber confirms is on its disk and
     visible there: what Weft means by durable in all regions.
     """
     async with AsyncExitStack() as stack:
         publisher = await stack.enter_async_context(
-            postgres(folder / "publisher", wal_level="logical", max_wal_senders="10", max_replication_slots="10")
-        )
+            postgres(
+                folder / "publisher", wal_level="logical", max_wal_senders="10", max_replication_slots="10",
+                listen_addresses="127.0.0.1" if through is not None else "",
+            )
+        )  # fmt: skip
+        ports = through(publisher.port) if through is not None else []
+        doors = [f"host=127.0.0.1 port={port}" for port in ports] or [
+            f"host={publisher.host} port={publisher.port}"
+        ] * subscribers
+        started: list[Postgres] = []
         await publisher.execute(MESSAGES, "CREATE PUBLICATION everything FOR ALL TABLES")
         names = [f"subscriber{number}" for number in range(1, subscribers + 1)]
-        for name in names:
+        for name, door in zip(names, doors, strict=True):
             subscriber = await stack.enter_async_context(postgres(folder / name))
+            started.append(subscriber)
             await subscriber.execute(
                 MESSAGES,
-                f"CREATE SUBSCRIPTION {name} CONNECTION 'host={publisher.host} port={publisher.port} user=postgres "
-                f"dbname=postgres' PUBLICATION everything WITH (synchronous_commit = 'on', copy_data = false)",
+                f"CREATE SUBSCRIPTION {name} CONNECTION '{door} user=postgres dbname=postgres' PUBLICATION everything WITH (synchronous_commit = 'on', copy_data = false)",
             )
             stack.push_async_callback(
                 subscriber.execute,
@@ -147,7 +159,7 @@ async def replicated(folder: Path, subscribers: int = 2) -> AsyncGenerator[Postg
             await connection.execute("ALTER SYSTEM SET synchronous_commit = 'remote_apply'")
             await connection.execute("SELECT pg_reload_conf()")
             await _count(connection, subscribers, "sync_state = 'sync'")
-            yield publisher
+            yield publisher, started
             await connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
             await connection.execute("SELECT pg_reload_conf()")
         finally:
@@ -188,7 +200,7 @@ async def _ready(running: Postgres, server: subprocess.Popen[Any], log: Path) ->
 
 
 def _free_port() -> int:
-    """Names the socket file only; nothing listens on TCP."""
+    """Names the socket file, and where the publisher listens when it does on TCP."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

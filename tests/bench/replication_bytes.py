@@ -43,7 +43,9 @@ async def contestants(context: Context) -> AsyncGenerator[Mapping[str, Runner]]:
             server = await asyncio.start_server(proxy.serve, "127.0.0.1", doors[name])
             stack.callback(server.close)
         first, *rest = await stack.enter_async_context(
-            regions(context.work / "regions", through=through, ready=lambda region: _lead(proxies, region))
+            regions(
+                context.work / "regions", through={REGIONS[0]: through}, ready=lambda region: _lead(proxies, region)
+            )
         )
         assert len(rest) == len(others)
         session = await stack.enter_async_context(aiohttp.ClientSession())

@@ -48,10 +48,10 @@ async def contestants(context: Context) -> AsyncGenerator[Mapping[str, Runner]]:
         seconds=context.pick(full=8.0, quick=4.0, miniature=0.3), peak=context.pick(full=4.0, quick=2.0, miniature=0.2)
     )
     async with AsyncExitStack() as stack:
-        publisher = await stack.enter_async_context(replicated(context.work / "postgres"))
+        publisher, _ = await stack.enter_async_context(replicated(context.work / "postgres"))
         rows = await stack.enter_async_context(_rows(publisher))
         first, *others = await stack.enter_async_context(regions(context.work / "regions"))
-        weft = await stack.enter_async_context(_Weft.over(first, others))
+        weft = await stack.enter_async_context(Followed.over(first, others))
 
         yield {
             WEFT: lambda: pace.visible(weft),
@@ -119,7 +119,7 @@ class _Pace:
             values |= _ranks(load, await self._at(rate, timed))
         return Reading(values, {"half of peak in /s": peak / 2})
 
-    async def visible(self, weft: _Weft) -> Reading:
+    async def visible(self, weft: Followed) -> Reading:
         """An append is done when the followers of both other regions have heard of it."""
         weft.renew()
         peak = await self.peak(ALL, weft.append_everywhere)
@@ -159,7 +159,7 @@ class Appended:
     began: float
 
 
-class _Weft:
+class Followed:
     """Three regions: appends at the first, and a follower of each of the others."""
 
     def __init__(self, first: Region, others: Sequence[Region], ids: Sequence[str]) -> None:
@@ -174,7 +174,7 @@ class _Weft:
 
     @classmethod
     @asynccontextmanager
-    async def over(cls, first: Region, others: Sequence[Region]) -> AsyncGenerator[_Weft]:
+    async def over(cls, first: Region, others: Sequence[Region]) -> AsyncGenerator[Followed]:
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(None)))
             weft = cls(first, others, await first.create_threads(session, THREADS, 1))
@@ -214,6 +214,18 @@ class _Weft:
         began = time.perf_counter()
         thread_id, v = await self._append(number, {})
         return Appended(thread_id, v, began)
+
+    async def append_at_quorum(self, number: int) -> float:
+        """How many seconds it took."""
+        began = time.perf_counter()
+        await self._append(number, {"X-Sync-Durability": "quorum"})
+        return time.perf_counter() - began
+
+    async def append_until_visible(self, number: int) -> float:
+        """How many seconds it took until the slower of the other regions had it."""
+        appended = await self.append(number)
+        [taken] = await self.seconds_until_visible([appended])
+        return taken
 
     async def append_everywhere(self, number: int) -> float:
         await self._append(number, {"X-Sync-Durability": "all"})

@@ -81,23 +81,23 @@ async def regions(
     folder: Path,
     names: Sequence[str] = REGIONS,
     *,
-    through: Mapping[str, str] | None = None,
+    ports: Mapping[str, int] | None = None,
+    through: Mapping[str, Mapping[str, str]] | None = None,
     ready: Callable[[Region], None] = lambda _: None,
 ) -> AsyncGenerator[list[Region]]:
     """`weft region` processes, one for each name, that know one another.
 
-    `through`: URLs by which the first reaches the others instead of their own; `ready` is told of each that
-    is up, before they must all have heard one another.
+    `ports`: where they listen, free ones unless given. `through`: for some of them the URLs by which they reach
+    others instead of their own. `ready` is told of each that is up, before they must all have heard one another.
     """
     folder.mkdir(parents=True)
     key = write_peer_key(folder / "peer.key")
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    ports = ports or dict(zip(names, free_ports(len(names)), strict=True))
     async with AsyncExitStack() as stack:
         started: list[Region] = []
         for name in names:
             urls = {other: f"http://127.0.0.1:{port}" for other, port in ports.items()}
-            if name == names[0]:
-                urls |= through or {}
+            urls |= (through or {}).get(name, {})
             settings = folder / f"{name}.toml"
             settings.write_text(_settings(name, ports[name], urls))
             pid = await stack.enter_async_context(

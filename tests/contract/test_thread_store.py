@@ -443,6 +443,16 @@ async def test_a_deleted_thread_is_gone_for_everyone_and_its_id_for_good(store: 
             await store.write(write)
 
 
+async def test_a_deletion_that_comes_again_gets_its_first_answer(store: ThreadStore) -> None:
+    await store.write(create(T, messages=messages(1)))
+    first = await store.write(delete(T))
+    again = await store.write(delete(T))
+    assert (again.version, again.entries) == (first.version, first.entries)
+    assert again.row.v == first.row.v
+    with pytest.raises(ThreadNotFound):
+        await store.write(delete(T, actor=BOB))
+
+
 async def test_messages_and_a_deletion_in_one_write_all_count(store: ThreadStore) -> None:
     await store.write(create(T))
     write = append(T, message("m1"))

@@ -541,6 +541,19 @@ async def test_only_what_can_be_repeated_is_asked_once_more(plain, origin, answe
     assert (response.status, len(origin.requests)) == (status, times)
 
 
+async def test_a_repetition_that_finds_nobody_does_not_make_the_first_attempt_undone(start_edge, origin):
+    """The origin dies over a DELETE and is not back when the edge asks again: that nothing arrived can't be said."""
+    edge = await start_edge(origins=("http://127.0.0.1:1", origin.url), public=("/",), issuers=())
+    response = await edge.ask("DELETE", "/x", token="")
+    assert (response.status, len(origin.requests)) == (504, 1)
+
+
+async def test_a_repetition_that_is_refused_for_now_does_not_make_the_first_attempt_undone(plain, origin):
+    origin.answers = [b"", b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nRetry-After: 7\r\n\r\n"]
+    response = await plain.ask("DELETE", "/x", token="")
+    assert (response.status, len(origin.requests)) == (504, 2)
+
+
 async def test_a_second_origin_answers_where_the_first_broke_off(start_edge, origin, region):
     edge = await start_edge(origins=(origin.url, region.url), public=("/",), issuers=())
     for _ in range(4):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from origin.store.base import (
+    ApplyDelta,
     EntryConflict,
     Freshness,
     Idempotency,
@@ -17,19 +19,21 @@ from origin.store.base import (
     OutcomeUnknown,
     Position,
     PositionLost,
+    StoreBusy,
     StoreError,
+    StoreFull,
     ThreadDeleted,
     ThreadExists,
     ThreadNotFound,
     Unavailable,
     Version,
-    Write,
     Written,
 )
 from origin.thread import Row
 from regions.coordinator import CoordinatorLimits
+from regions.peer_client import PeerUnreachable
 from tests.support.builders import ANN, BOB, append, bodies, change, create, delete, message, patch, upsert, user
-from tests.support.cluster import REGIONS, Cluster, eventually
+from tests.support.cluster import REGIONS, Cluster, LocalTransport, eventually
 
 
 @pytest.fixture
@@ -47,8 +51,25 @@ async def make(cluster: Cluster, region: str = "us-east", **more: object) -> str
     return thread_id
 
 
-def private(write: Write) -> Write:
-    return write
+def lose_first_answer(monkeypatch: pytest.MonkeyPatch, then: StoreError | None = None) -> list[str]:
+    """Forwarded writes: the first is carried out and its answer lost, later ones are refused with `then` if given.
+
+    Returns the regions that were asked, a line an attempt."""
+    call, attempts = LocalTransport.call, list[str]()
+
+    async def lossy(self: LocalTransport, region: str, path: str, *arguments: Any, **more: Any) -> Any:
+        if path != "/peer/write":
+            return await call(self, region, path, *arguments, **more)
+        attempts.append(region)
+        if len(attempts) > 1 and then is not None:
+            raise then
+        answer = await call(self, region, path, *arguments, **more)
+        if len(attempts) == 1:
+            raise PeerUnreachable(region, "the answer was lost", sent=True)
+        return answer
+
+    monkeypatch.setattr(LocalTransport, "call", lossy)
+    return attempts
 
 
 async def texts(cluster: Cluster, region: str, thread_id: str) -> list[str]:
@@ -359,6 +380,76 @@ async def test_a_retry_waits_for_the_durability_that_it_asks_for(cluster: Cluste
     cluster.network.heal()
     await eventually(cluster.converged)
     assert (await cluster["us-east"].coordinator.write(retry)).version == Version(1, 3)
+
+
+@pytest.mark.parametrize("refusal", [Unavailable("a majority is away"), StoreBusy("too much waits")])
+async def test_a_refusal_after_a_lost_answer_leaves_the_outcome_unknown(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, refusal: StoreError
+) -> None:
+    """The first attempt was carried out; the second is refused for now. Told "nothing was written", a client would
+    write it anew under other ids, and have it twice."""
+    thread_id = await make(cluster)
+    attempts = lose_first_answer(monkeypatch, refusal)
+    with pytest.raises(OutcomeUnknown):
+        await cluster["eu-west"].coordinator.write(append(thread_id, message("m2")))
+    assert len(attempts) == 2
+    assert await texts(cluster, "us-east", thread_id) == ["m1", "m2"]
+
+
+async def test_a_write_that_its_region_kept_is_never_refused_because_it_can_not_be_applied_here(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This region's disk is full, the holder's is not: told "nothing was kept", a client would write it twice."""
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    writer = cluster["eu-west"].writer
+    submit = writer.submit
+
+    async def full(operation: Any) -> Any:
+        if isinstance(operation, ApplyDelta):
+            raise StoreFull("the disk is full")
+        return await submit(operation)
+
+    monkeypatch.setattr(writer, "submit", full)
+    with pytest.raises(OutcomeUnknown, match="the disk is full"):
+        await cluster["eu-west"].coordinator.write(append(thread_id, message("m2")))
+    assert await texts(cluster, "us-east", thread_id) == ["m1", "m2"]
+
+
+async def test_a_commit_whose_confirmations_can_not_be_read_is_unknown(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread_id = await make(cluster)
+
+    async def busy(_: str) -> Any:
+        raise StoreBusy("no reader is free")
+
+    monkeypatch.setattr(cluster["us-east"].store, "unconfirmed", busy)
+    with pytest.raises(OutcomeUnknown):
+        await cluster["us-east"].coordinator.write(append(thread_id, message("m2"), durability="quorum"))
+    assert await texts(cluster, "us-east", thread_id) == ["m1", "m2"]
+
+
+async def test_a_deletion_repeated_after_a_lost_answer_is_answered_as_done(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread_id = await make(cluster)
+    attempts = lose_first_answer(monkeypatch)
+    assert (await cluster["eu-west"].coordinator.write(delete(thread_id))).row.deleted
+    assert len(attempts) == 2
+
+
+@pytest.mark.parametrize("keyed", [None, Idempotency("key-1", "same request")])
+async def test_the_retry_of_an_unsharing_names_the_regions_that_have_not_confirmed_it(
+    cluster: Cluster, keyed: Idempotency | None
+) -> None:
+    """The first answer may have been lost with the names in it: to the client the retry's is the only one."""
+    thread_id = await make(cluster, visibility="public")
+    await eventually(cluster.converged)
+    cluster.network.cut |= {("us-east", "ap-south")}
+    unshare = change(thread_id, patch("1", visibility="private"), idempotency=keyed)
+    for _ in range(2):
+        assert (await cluster["us-east"].coordinator.write(unshare)).pending == ("ap-south",)
 
 
 async def test_an_idempotency_key_is_known_in_every_region_once_replicated(cluster: Cluster) -> None:

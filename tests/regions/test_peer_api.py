@@ -24,7 +24,7 @@ from infra.identity import (
 from infra.server import Lifecycle
 from regions.app import open_region, region_app
 from regions.peer_client import HttpPeers, PeerRefused, PeerUnreachable
-from regions.peer_wire import Hello, HelloAnswer
+from regions.peer_wire import DIGEST_HEADER, Hello, HelloAnswer, content_digest
 from regions.topology import CONFIG_VERSION, Topology
 
 Client = TestClient[web.Request, web.Application]
@@ -74,7 +74,7 @@ def hello(**changes: object) -> bytes:
 
 
 async def knock(region: Client, token: str | None, body: bytes) -> tuple[int, bytes]:
-    headers = {} if token is None else {IDENTITY_HEADER: token}
+    headers = {DIGEST_HEADER: content_digest(body)} | ({} if token is None else {IDENTITY_HEADER: token})
     async with region.post("/peer/hello", data=body, headers=headers) as response:
         return response.status, await response.read()
 
@@ -82,7 +82,7 @@ async def knock(region: Client, token: str | None, body: bytes) -> tuple[int, by
 async def test_a_member_with_the_clusters_key_is_answered_with_a_proof(
     region: Client, signer: IdentitySigner, tmp_path: Path
 ) -> None:
-    headers = {IDENTITY_HEADER: signer.service_token("region:us-east")}
+    headers = {IDENTITY_HEADER: signer.service_token("region:us-east"), DIGEST_HEADER: content_digest(hello())}
     async with region.post("/peer/hello", data=hello(), headers=headers) as response:
         assert response.status == 200
         proof = IdentityVerifier(write_peer_key(tmp_path / "peer.key").public_key(), "region:eu-west")
@@ -131,6 +131,18 @@ async def test_a_message_that_can_not_be_read_is_refused(region: Client, signer:
         assert (await knock(region, token, body))[0] == 400
 
 
+async def test_a_message_that_was_damaged_on_the_way_is_to_be_sent_again(
+    region: Client, signer: IdentitySigner
+) -> None:
+    """Well-formed, and not what was sent: stored, it would be acknowledged to someone who wrote something else."""
+    token = signer.service_token("region:us-east")
+    for digest in (content_digest(hello()), ""):
+        headers = {IDENTITY_HEADER: token, DIGEST_HEADER: digest}
+        damaged = hello(incarnation="another")
+        async with region.post("/peer/hello", data=damaged, headers=headers) as response:
+            assert (response.status, "not the one that was sent" in await response.text()) == (422, True)
+
+
 async def test_status_is_for_operators_and_edges_but_not_for_users(
     region: Client, signer: IdentitySigner, tmp_path: Path
 ) -> None:
@@ -147,21 +159,24 @@ async def test_status_is_for_operators_and_edges_but_not_for_users(
 class Impostor:
     """A server that listens at a member's address."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, damage: bool) -> None:
         self.token = token
+        self.damage = damage
 
     async def answer(self, _: web.Request) -> web.Response:
         body = HelloAnswer(
             region="us-east", incarnation="i", standing="voter", founders={}, members=("us-east",), groups=(), held=(),
             position=0, known="", knew_another=False,
         )  # fmt: skip
-        return web.Response(body=msgspec.msgpack.encode(body), headers={SERVER_IDENTITY_HEADER: self.token})
+        sent = msgspec.msgpack.encode(body)
+        headers = {SERVER_IDENTITY_HEADER: self.token, DIGEST_HEADER: content_digest(sent)}
+        return web.Response(body=sent.replace(b"us-east", b"vs-east") if self.damage else sent, headers=headers)
 
 
-async def call_impostor(tmp_path: Path, token: str) -> None:
+async def call_impostor(tmp_path: Path, token: str, *, damage: bool = False) -> None:
     key = write_peer_key(tmp_path / "peer.key")
     app = web.Application()
-    app.router.add_post("/peer/hello", Impostor(token).answer)
+    app.router.add_post("/peer/hello", Impostor(token, damage).answer)
     async with TestServer(app) as server:
         topology = Topology.of(
             "eu-west", {"us-east": f"http://127.0.0.1:{server.port}", "eu-west": "http://127.0.0.1:2"}
@@ -190,6 +205,13 @@ async def test_an_answer_without_the_right_proof_is_not_believed(tmp_path: Path)
             await call_impostor(tmp_path, token)
         assert failure.value.sent
     await call_impostor(tmp_path, IdentitySigner(key, "region:us-east").service_token("region:eu-west"))
+
+
+async def test_an_answer_that_was_damaged_on_the_way_is_not_believed(tmp_path: Path) -> None:
+    token = IdentitySigner(write_peer_key(tmp_path / "peer.key"), "region:us-east").service_token("region:eu-west")
+    with pytest.raises(PeerUnreachable, match="damaged") as failure:
+        await call_impostor(tmp_path, token, damage=True)
+    assert failure.value.sent
 
 
 async def test_a_region_that_does_not_answer_at_all_was_not_sent_to(tmp_path: Path) -> None:

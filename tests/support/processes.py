@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,14 +112,17 @@ class RunningCluster:
 
 
 @contextmanager
-def running_cluster(data: Path, *options: str) -> Iterator[RunningCluster]:
+def running_cluster(
+    data: Path, *options: str, port: int | None = None, environ: Mapping[str, str] | None = None
+) -> Iterator[RunningCluster]:
     """`weft up` over `data` until the block ends."""
     log = (data.parent / f"{data.name}.up.log").open("ab")
     process = subprocess.Popen(
-        [*WEFT, "up", "--data", str(data), "--port", str(free_port_block()), *options],
+        [*WEFT, "up", "--data", str(data), "--port", str(port or free_port_block()), *options],
         stdout=log,
         stderr=log,
         cwd=ROOT,
+        env={**os.environ, **(environ or {})},
     )
     cluster = RunningCluster(data, process)
     try:
