@@ -37,6 +37,7 @@ ATTEMPTS_BEFORE_PARKING: Final = 5
 BREAKER_FAILURES: Final = 3
 FIRST_HEARTBEAT_S: Final = 0.05
 REACHABLE_HEARTBEATS: Final = 3
+FENCED_PAUSE_S: Final = 0.1
 SETTLE_THREADS_MAX: Final = 65_536
 SWEEP_SECONDS: Final = 5.0
 
@@ -449,6 +450,9 @@ class Target:
             case Gap(have_v=have_v) if have_v < delta.base_v:
                 dirty.acked_v = have_v
                 self._put_back(delta.id, dirty)
+            case Fault(name="Fenced"):
+                # A newer epoch is promised there: who won it, if anybody did, comes with the next greeting.
+                self._look_again_soon(FENCED_PAUSE_S)
             case Gap() | Refused() | Diverged() | Fault():
                 await self._postpone(delta, dirty, result)
 
@@ -483,8 +487,11 @@ class Target:
         )
         await self._submit(base.Postpone(self.region, delta.id, error, self._clock.time() + delay, parked))
         if not parked:
-            self._tasks.append(asyncio.create_task(self._look_again_after(delay)))
-            self._tasks = [task for task in self._tasks if not task.done()]
+            self._look_again_soon(delay)
+
+    def _look_again_soon(self, seconds: float) -> None:
+        self._tasks = [task for task in self._tasks if not task.done()]
+        self._tasks.append(asyncio.create_task(self._look_again_after(seconds)))
 
     async def _look_again_after(self, seconds: float) -> None:
         await self._clock.sleep(seconds)

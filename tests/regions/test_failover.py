@@ -19,7 +19,7 @@ HOME, OTHER, THIRD = REGIONS
 
 @pytest.fixture
 async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
-    limits = CoordinatorLimits(write_seconds_max=1.0, pending_wait_s=0.2)
+    limits = CoordinatorLimits(write_seconds_max=3.0, pending_wait_s=0.2)
     async with Cluster(tmp_path, limits=limits) as running:
         yield running
 
