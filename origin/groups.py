@@ -19,6 +19,7 @@ from origin.store.base import (
     LearnPromise,
     Promise,
     Promised,
+    Record,
     Recovery,
     Settle,
     Standing,
@@ -114,6 +115,7 @@ class Cluster:
         self.region = region
         self.incarnation = incarnation
         self.standing: Standing = "virgin"
+        self.record: Record | None = None
         self.founders: Mapping[str, str] = {}
         self.peers: Mapping[str, str] = {}
         self.replaced: frozenset[str] = frozenset()
@@ -133,6 +135,7 @@ class Cluster:
             self.peers,
             self.replaced,
             self.standing,
+            self.record,
             self.founders,
             self.incarnation,
         )
@@ -214,6 +217,17 @@ class Cluster:
         self.incarnation = change.incarnation or self.incarnation
         self.keep_standing()
 
+    def configure(self, record: Record) -> bool:
+        """False when the record is not newer. Groups of new members begin as all groups do."""
+        if self.record is not None and record.order <= self.record.order:
+            return False
+        self.record = record
+        self.keep_record(record)
+        for member in record.members:
+            if member.name not in self.states:
+                self._put(founding(member.name, self.region))
+        return True
+
     # ------------------------------------------------------------ what an engine keeps
 
     def keep_group(self, state: GroupState) -> None:
@@ -224,6 +238,8 @@ class Cluster:
     def drop_recovery(self, thread_id: str) -> None: ...
 
     def keep_peer(self, region: str, incarnation: str) -> None: ...
+
+    def keep_record(self, record: Record) -> None: ...
 
     def keep_standing(self) -> None:
         """Standing, founders or incarnation changed."""
@@ -238,5 +254,6 @@ class ClusterView(msgspec.Struct, frozen=True):
     peers: Mapping[str, str]
     replaced: frozenset[str]
     standing: Standing
+    record: Record | None
     founders: Mapping[str, str]
     incarnation: str

@@ -14,7 +14,7 @@ from origin.store import base
 from origin.store.base import Applied, Gap, Head, LogSlice, ReplicaLog, ThreadDelta
 from regions.peer_client import PeerTransport
 from regions.peer_wire import Fetch, FetchAnswer
-from regions.topology import CONFIG_VERSION, Topology
+from regions.topology import Topology
 
 FETCH_BYTES_MAX: Final = 4 * 1024 * 1024
 FETCH_SECONDS_MAX: Final = 5.0
@@ -65,7 +65,7 @@ class Adopter:
             source,
             "/peer/fetch",
             Fetch(
-                config_version=CONFIG_VERSION,
+                config_version=self._topology.number,
                 region=self._topology.region,
                 incarnation=self._log.incarnation,
                 thread_id=head.thread_id,

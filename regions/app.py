@@ -86,7 +86,9 @@ async def open_region(
         )
 
         async def joined() -> str | None:
-            return None if store.standing == "voter" else f"has yet to join its cluster: {node.joining.reason}"
+            if store.standing != "voter":
+                return f"has yet to join its cluster: {node.joining.reason}"
+            return None if topology.votes else "does not vote in its cluster: a learner, or removed"
 
         lifecycle.add_check("joined", joined)
         yield Region(store, node, peers, peer_api, verifier)

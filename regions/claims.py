@@ -18,7 +18,7 @@ from origin.store.base import Draft, ReplicaLog, StoreError, Unavailable, Write,
 from origin.thread import ClaimBody, CreateBody, encode
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import Claim, ClaimAnswer, ClaimMany, FindClaim, FindClaimAnswer
-from regions.topology import CONFIG_VERSION, Topology, claims_thread
+from regions.topology import Topology, claims_thread
 
 CLAIMS_PER_REQUEST: Final = 256
 CLAIM_SECONDS_MAX: Final = 10.0
@@ -72,7 +72,7 @@ class Claims:
                 holder,
                 "/peer/find-claim",
                 FindClaim(
-                    config_version=CONFIG_VERSION,
+                    config_version=self._topology.number,
                     region=self._topology.region,
                     incarnation=self._log.incarnation,
                     thread_id=thread_id,
@@ -144,7 +144,7 @@ class Claims:
             holder,
             "/peer/claim",
             ClaimMany(
-                config_version=CONFIG_VERSION,
+                config_version=self._topology.number,
                 region=self._topology.region,
                 incarnation=self._log.incarnation,
                 claims=claims,

@@ -62,7 +62,7 @@ from regions.peer_wire import (
     SettleQuery,
 )
 from regions.replicator import Replicator
-from regions.topology import CONFIG_VERSION, Topology
+from regions.topology import Topology
 
 PAUSE_S: Final = 0.02
 """Between two looks at who holds a group, while it moves."""
@@ -133,6 +133,8 @@ class Coordinator:
         """A region with a new disk serves nobody before it knows what its cluster knows."""
         if self._log.standing != "voter":
             raise Unavailable(f"region {self._topology.region} has yet to join its cluster")
+        if self._topology.region not in self._topology.members:
+            raise Unavailable(f"region {self._topology.region} was removed from its cluster")
 
     async def write(self, write: Write) -> Written:
         self._require_joined()
@@ -189,7 +191,7 @@ class Coordinator:
 
     def _others(self, level: str) -> int:
         """How many other regions have to hold what is acknowledged at that level."""
-        return self._topology.majority - 1 if level == "quorum" else len(self._topology.peers)
+        return self._topology.majority - 1 if level == "quorum" else len(self._topology.voting_peers)
 
     async def _await_others(self, row: Row, v: int, others: int) -> None:
         """Return when so many other regions hold the thread up to `v`, and this one still holds the group.
@@ -233,11 +235,11 @@ class Coordinator:
         return write.durability or self._limits.durability
 
     def _require_reachable(self, level: str, others: int) -> None:
-        reachable = self._replicator.reachable()
-        if len(reachable) < others:
+        counting = self._replicator.counting()
+        if len(counting) < others:
             raise Unavailable(
-                f"durability {level!r} needs {1 + others} of {len(self._topology.members)} regions; "
-                f"{1 + len(reachable)} can be reached"
+                f"durability {level!r} needs {1 + others} of {len(self._topology.voters)} regions; "
+                f"{1 + len(counting)} can be reached"
             )
 
     async def _await_narrowing(self, thread_id: str, written: Written) -> Written:
@@ -304,7 +306,7 @@ class Coordinator:
         """Have the holder write, and apply what it answers before anyone is told."""
         row = await self._log.row(write.thread_id)
         message = ForwardWrite(
-            config_version=CONFIG_VERSION,
+            config_version=self._topology.number,
             region=self._topology.region,
             incarnation=self._log.incarnation,
             write=write,
@@ -503,7 +505,7 @@ class Coordinator:
     async def _settle(self, holder: str) -> None:
         """Wait until all that `holder` has committed by now is here."""
         message = SettleQuery(
-            config_version=CONFIG_VERSION,
+            config_version=self._topology.number,
             region=self._topology.region,
             incarnation=self._log.incarnation,
             seconds_max=FETCH_SECONDS_MAX,
@@ -561,7 +563,7 @@ class Coordinator:
     async def _fetch_once(self, thread_id: str, region: str, after: int, final_for: str = "") -> bool:
         """Fetch and apply one part behind `after`; True when there is more to fetch."""
         message = Fetch(
-            config_version=CONFIG_VERSION,
+            config_version=self._topology.number,
             region=self._topology.region,
             incarnation=self._log.incarnation,
             thread_id=thread_id,

@@ -37,7 +37,7 @@ from regions.peer_wire import (
 )
 from regions.replication_target import Heard
 from regions.replicator import Replicator
-from regions.topology import CONFIG_VERSION, Topology
+from regions.topology import Topology
 
 CAMPAIGN_ATTEMPTS: Final = 5
 PRE_VOTE_SHARE: Final = 0.8
@@ -113,8 +113,7 @@ class Failover:
         self._recover_now = asyncio.Event()
         self.won: list[Callable[[str], None]] = []
         """Called with a group that this region has just won."""
-        for target in replicator.targets.values():
-            target.greeted.append(self._greeted(target.region))
+        replicator.on_target(lambda target: target.greeted.append(self._greeted(target.region)))
 
     async def start(self) -> None:
         self._tasks = [
@@ -144,7 +143,7 @@ class Failover:
         sent = [now]
         for target in self._replicator.targets.values():
             heard = target.heard
-            if heard is not None and heard.standing == "voter":
+            if heard is not None and target.counts:
                 row = heard.groups.get(group)
                 if row is not None and row.epoch == row.promised == epoch:
                     sent.append(heard.sent_at)
@@ -176,6 +175,11 @@ class Failover:
         return self._clock.monotonic() - self._seen.get(group, self._started)
 
     @property
+    def votes(self) -> bool:
+        """Whether this region's promises count: its disk knows what it has to, and the record says so."""
+        return self._log.standing == "voter" and self._topology.votes
+
+    @property
     def needs_lease(self) -> bool:
         """With automatic failover somebody else may hold a group before a cut-off holder hears of it: then even
         `region` writes need the lease."""
@@ -185,7 +189,7 @@ class Failover:
 
     async def pre_vote(self, message: PreVote) -> PreVoteAnswer:
         row = self._log.groups.get(message.group)
-        if self._log.standing != "voter":
+        if not self.votes:
             return PreVoteAnswer(granted=False, reason="this region does not vote yet")
         if row is not None and message.epoch <= row.promised:
             return PreVoteAnswer(granted=False, reason=f"epoch {row.promised} is promised")
@@ -199,8 +203,11 @@ class Failover:
     async def promise(self, message: AskPromise) -> PromiseAnswer:
         """Promise, durably, and say what is here. The inventory is read after the promise is on disk: what the
         holder before had accepted here by then is in it, and nothing of a lower epoch is accepted any more."""
-        if self._log.standing != "voter":
-            raise Unavailable(f"region {self._topology.region} does not vote yet")
+        if not self.votes or message.region not in self._topology.voters:
+            raise Unavailable(f"region {self._topology.region} and {message.region} don't both vote")
+        if message.config_version < self._topology.number:
+            # Its majority may be one of members that are no longer: it learns the newer record by a greeting.
+            raise Unavailable(f"region {message.region} asks under an outdated membership record")
         asked = base.Promise(message.group, message.epoch, message.region, message.incarnation)
         outcome = await self._submit(asked)
         assert isinstance(outcome, Promised)
@@ -272,8 +279,8 @@ class Failover:
         top = 0
         reason = ""
         for _ in range(CAMPAIGN_ATTEMPTS):
-            if self._log.standing != "voter":
-                raise PromotionFailed(f"region {self._topology.region} has yet to join its cluster")
+            if not self.votes:
+                raise PromotionFailed(f"region {self._topology.region} does not vote in its cluster, or not yet")
             row = self._log.groups.get(group)
             epoch = self._topology.next_epoch(max(top, row.promised if row is not None else 0))
             try:
@@ -343,7 +350,7 @@ class Failover:
         """
         own: Coroutine[Any, Any, Any] = self._submit_own(group, epoch)
         tasks: dict[asyncio.Task[PromiseAnswer], str] = {asyncio.create_task(own): self._topology.region}
-        for region in self._topology.peers:
+        for region in self._topology.voting_peers:
             tasks[asyncio.create_task(self._ask_promise(region, group, epoch))] = region
         granted: dict[str, PromiseAnswer] = {}
         reasons: list[str] = []
@@ -376,7 +383,7 @@ class Failover:
             if refusal is not None:
                 raise _Outbid(refusal, "; ".join(reasons))
             raise Unavailable(
-                f"{len(granted)} of {len(self._topology.members)} regions promise, "
+                f"{len(granted)} of {len(self._topology.voters)} regions promise, "
                 f"{self._topology.majority} are needed: {'; '.join(reasons)}"
             )
         del granted[self._topology.region]
@@ -436,7 +443,7 @@ class Failover:
 
     def _envelope(self) -> dict[str, Any]:
         return {
-            "config_version": CONFIG_VERSION,
+            "config_version": self._topology.number,
             "region": self._topology.region,
             "incarnation": self._log.incarnation,
         }
@@ -447,7 +454,7 @@ class Failover:
         while True:
             await self._clock.sleep(self._limits.check_s * self._rng.uniform(0.9, 1.1))
             for group, row in sorted(self._log.groups.items()):
-                if self._log.standing != "voter" or self._log.is_holder(group) or not self._should_campaign(row):
+                if not self.votes or self._log.is_holder(group) or not self._should_campaign(row):
                     continue
                 try:
                     if self._is_deserted(row) or await self._pre_voted(row):
@@ -474,7 +481,7 @@ class Failover:
             if promised != row.promised:
                 self._unsettled[row.group] = (row.promised, now)
                 return False
-            ordinal = self._topology.members.index(self._topology.region)
+            ordinal = self._topology.ordinal
             patience = 1.0 if row.holder == self._topology.region else 1.5 + 0.5 * ordinal
             return now - since >= self._limits.stuck_s * patience
         self._unsettled.pop(row.group, None)
@@ -487,7 +494,7 @@ class Failover:
                 self._transport.call(
                     region, "/peer/pre-vote", message, PreVoteAnswer, seconds_max=self._limits.call_seconds_max / 2
                 )
-                for region in self._topology.peers
+                for region in self._topology.voting_peers
             ),
             return_exceptions=True,
         )
@@ -498,7 +505,7 @@ class Failover:
         """The rest of the configured silence, staggered so that regions that see it together don't ask together."""
         if self._is_deserted(row):
             return
-        ordinal = self._topology.members.index(self._topology.region)
+        ordinal = self._topology.ordinal
         left = self._limits.after_s - self.silence_s(row.group) + ordinal * self._limits.check_s
         if left > 0:
             await self._clock.sleep(left)

@@ -21,7 +21,7 @@ from origin.store.base import GroupRow, Head, ReplicaLog, StoreError
 from regions.adoption import Adopter, SourceLacks, Submit
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import AskHeads, HeadsAnswer, Hello, HelloAnswer, Rejoin, RejoinAnswer
-from regions.topology import CONFIG_VERSION, Topology
+from regions.topology import Topology, same_members
 
 FIRST_PAUSE_S: Final = 0.02
 PAUSE_S_MAX: Final = 1.0
@@ -95,7 +95,18 @@ class Joining:
 
     async def _found(self) -> None:
         """Found the cluster with whoever is as new, or find out that it was founded without this disk."""
-        answers = [answer for answer in await self._greet_all() if answer.members == self._topology.members]
+        found = await self._greet_all()
+        newest = max((answer.record for answer in found if answer.standing == "voter"), key=_order, default=None)
+        ours = self._topology.record
+        if newest is not None and [it.name for it in newest.members] != [it.name for it in ours.members]:
+            # The cluster was founded without this region, whatever its own settings say.
+            if self._topology.region not in {it.name for it in newest.members if it.role != "removed"}:
+                self.reason = "its cluster does not know it yet: weft regions add"
+                return
+            await self._submit(base.Configure(newest))
+            await self._submit(base.Settle("learner"))
+            return
+        answers = [answer for answer in found if same_members(answer.record, ours)]
         mine = self._log.incarnation
         if any(answer.knew_another or answer.known > mine for answer in answers):
             _logger.warning("this region had another disk before: it has to learn what the cluster knows")
@@ -113,6 +124,7 @@ class Joining:
         voters = sum(answer.standing == "voter" for answer in answers)
         if 1 + len(vouching) >= self._topology.majority:
             founders = tuple(sorted({**vouching, self._topology.region: mine}.items()))
+            await self._submit(base.Configure(ours))
             await self._submit(base.Settle("voter", founders))
         elif voters >= self._needed() and self._clock.monotonic() - self._began > GRACE_S:
             await self._submit(base.Settle("learner"))
@@ -124,12 +136,12 @@ class Joining:
 
     def _needed(self) -> int:
         """How many other voters have to say what they know: so many that one of any majority is among them."""
-        peers = len(self._topology.peers)
+        peers = len(self._topology.voting_peers)
         return peers // 2 + 1 if peers else 0
 
     async def _greet_all(self) -> list[HelloAnswer]:
         message = Hello(
-            **self._envelope(), members=self._topology.members, groups=tuple(self._log.groups.values()), held=()
+            **self._envelope(), record=self._topology.record, groups=tuple(self._log.groups.values()), held=()
         )
         answers = await asyncio.gather(
             *(
@@ -144,7 +156,7 @@ class Joining:
 
     async def _rejoin(self) -> None:
         """Learn from a majority of the other voters, then count again."""
-        peers = self._topology.peers
+        peers = self._topology.voting_peers
         needed = self._needed()
         results = await asyncio.gather(*(self._ask(region) for region in peers), return_exceptions=True)
         answers = {
@@ -161,6 +173,10 @@ class Joining:
         if len(answers) < needed:
             faults = "; ".join(str(it) for it in results if isinstance(it, Exception))
             self.reason = f"{needed} other regions have to say what they know, {len(answers)} do: {faults}".rstrip(": ")
+            return
+        record = max((answer.record for answer in answers.values()), key=_order, default=self._topology.record)
+        if record.order > self._topology.record.order:
+            await self._submit(base.Configure(record))
             return
         for answer in answers.values():
             for row in answer.groups:
@@ -200,7 +216,11 @@ class Joining:
 
     def _envelope(self) -> dict[str, Any]:
         return {
-            "config_version": CONFIG_VERSION,
+            "config_version": self._topology.number,
             "region": self._topology.region,
             "incarnation": self._log.incarnation,
         }
+
+
+def _order(record: base.Record) -> tuple[int, int]:
+    return record.order

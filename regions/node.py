@@ -25,6 +25,7 @@ from regions.coordinator import Coordinator, CoordinatorLimits
 from regions.failover import Failover, FailoverLimits
 from regions.followers import LEASE_S, Followers
 from regions.joining import Joining
+from regions.membership import Membership
 from regions.peer_client import PeerTransport
 from regions.peer_service import PeerService
 from regions.repair import EVERY_S, Repair
@@ -65,6 +66,7 @@ class Node(msgspec.Struct):
     failover: Failover
     joining: Joining
     repair: Repair
+    membership: Membership
     tails: Tails
     coordinator: Coordinator
     service: PeerService
@@ -102,6 +104,7 @@ async def open_node(
         )
 
         def committed(operations: Sequence[base.Operation], outcomes: Sequence[base.Outcome]) -> None:
+            membership.committed(operations)
             replicator.committed(operations, outcomes)
             feed.notify()
 
@@ -127,6 +130,17 @@ async def open_node(
             clock=clock,
             rng=rng,
             every_s=limits.repair_every_s,
+        )
+        membership = Membership(
+            topology=topology,
+            log=engine,
+            submit=writer.submit,
+            replicator=replicator,
+            failover=failover,
+            repair=repair,
+            transport=transport,
+            clock=clock,
+            rng=rng,
         )
         coordinator = Coordinator(
             topology=topology,
@@ -167,10 +181,11 @@ async def open_node(
             replicator=replicator,
             failover=failover,
             repair=repair,
+            membership=membership,
             feed=feed,
             edges=followers,
         )
-        for part in (replicator, joining, failover, repair, tails):
+        for part in (membership, replicator, joining, failover, repair, tails):
             await part.start()
             stack.push_async_callback(part.close)
         trim = asyncio.create_task(_trim(writer, limits.feed_rows_max, clock), name="trim")
@@ -185,6 +200,7 @@ async def open_node(
             failover=failover,
             joining=joining,
             repair=repair,
+            membership=membership,
             tails=tails,
             coordinator=coordinator,
             service=service,

@@ -33,12 +33,13 @@ from origin.feed import feed_line
 from origin.store import base
 from origin.store.base import StoreError
 from regions.failover import PromotionFailed
+from regions.membership import ChangeRefused
 from regions.node import Node
 from regions.peer_client import PeerRefused, PeerUnreachable
 from regions.peer_service import Handler
 from regions.peer_wire import CONTENT_TYPE, DIGEST_HEADER, Envelope, content_digest, to_fault
 from regions.replicator import statistics_json
-from regions.topology import CONFIG_VERSION
+from regions.topology import TopologyError
 
 OPERATOR_BYTES_MAX: Final = 65_536
 SAVED_MAX: Final = 10_000
@@ -60,6 +61,14 @@ class PromoteAsked(msgspec.Struct, frozen=True):
     group: str
     graceful: bool = False
     force: bool = False
+
+
+class MembersAsked(msgspec.Struct, frozen=True):
+    """An operator's word: one region is to be added, or removed."""
+
+    add: str = ""
+    url: str = ""
+    remove: str = ""
 
 
 class PeerApi:
@@ -92,6 +101,7 @@ class PeerApi:
         router.add_get("/peer/status", self._status)
         router.add_get("/peer/feed", self._follow)
         router.add_post("/peer/promote", self._promote)
+        router.add_post("/peer/members", self._change_members)
         router.add_post("/peer/repair", self._repair)
         router.add_get("/peer/saved", self._saved)
         router.add_post("/peer/feed/confirm", self._confirm)
@@ -108,8 +118,6 @@ class PeerApi:
             raise Problem(401, "peer-identity", f"{IDENTITY_HEADER}: {error}") from None
         if identity.principal is not None or identity.role not in roles:
             raise Problem(403, "peer-role", f"{identity.issuer} has no business here")
-        if identity.role == "region" and identity.region not in self._topology.members:
-            raise Problem(403, "peer-unknown", f"region {identity.region!r} is not a member of this cluster")
         return identity
 
     def _proof(self, caller: PeerIdentity) -> dict[str, str]:
@@ -154,10 +162,6 @@ class PeerApi:
             raise Problem(400, "peer-message", f"the message can't be read: {error}") from None
         if message.region != caller.region:
             raise Problem(403, "peer-role", f"{caller.issuer} speaks as region {message.region!r}")
-        if message.config_version > CONFIG_VERSION:
-            raise Problem(
-                426, "configuration", f"configuration {message.config_version} is newer than {CONFIG_VERSION}"
-            )
         return message
 
     # ------------------------------------------------------------ status and feed
@@ -175,7 +179,12 @@ class PeerApi:
             "region": self._topology.region,
             "incarnation": log.incarnation,
             "standing": log.standing,
-            "waits_for": node.joining.reason,
+            "waits_for": node.joining.reason or node.membership.waits_for,
+            "record": {
+                "epoch": self._topology.record.epoch,
+                "version": self._topology.record.version,
+                "members": {member.name: member.role for member in self._topology.record.members},
+            },
             "wire": WIRE,
             "ready": self._lifecycle.ready,
             "groups": {
@@ -221,6 +230,22 @@ class PeerApi:
         return self._json(
             caller, {"group": row.group, "epoch": row.epoch, "holder": row.holder, "recovering": recovering}
         )
+
+    async def _change_members(self, request: web.Request) -> web.Response:
+        """Add or remove one region: {"add", "url"} or {"remove"}; asked of the first group's holder."""
+        caller = self._caller(request, "operator")
+        asked = await _decoded(request, MembersAsked)
+        membership = self._node.membership
+        try:
+            if asked.add and asked.url and not asked.remove:
+                record = await membership.add(asked.add, asked.url)
+            elif asked.remove and not asked.add:
+                record = await membership.remove(asked.remove)
+            else:
+                raise Problem(400, "operator-message", "the body needs add and url, or remove")
+        except (ChangeRefused, TopologyError) as error:
+            raise Problem(409, "change-refused", str(error)) from None
+        return self._json(caller, record)
 
     async def _repair(self, request: web.Request) -> web.Response:
         """Compare every group held here with every peer, at once, and release parked threads."""

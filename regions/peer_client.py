@@ -94,7 +94,7 @@ class HttpPeers:
         self.bytes_sent += len(body)
         try:
             async with self._session.post(
-                self._topology.urls[region] + path, data=body, headers=headers, timeout=timeout
+                self._topology.url(region) + path, data=body, headers=headers, timeout=timeout
             ) as response:
                 if (response.content_length or 0) > ANSWER_BYTES_MAX:
                     raise PeerUnreachable(region, "its answer is too large", sent=True)

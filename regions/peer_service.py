@@ -19,11 +19,13 @@ from origin.writer import BatchedWriter
 from regions.coordinator import Coordinator
 from regions.failover import Failover
 from regions.followers import Edges
+from regions.membership import Membership
 from regions.peer_wire import (
     Acknowledged,
     AskDigests,
     AskHeads,
     AskPromise,
+    AskSettled,
     ClaimAnswer,
     ClaimMany,
     DigestsAnswer,
@@ -48,6 +50,7 @@ from regions.peer_wire import (
     SettleQuery,
     SubmitAgain,
     SubmitAgainAnswer,
+    TakeRecord,
     to_fault,
 )
 from regions.repair import Repair
@@ -70,6 +73,7 @@ class PeerService:
         replicator: Replicator,
         failover: Failover,
         repair: Repair,
+        membership: Membership,
         feed: Feed,
         edges: Edges,
     ) -> None:
@@ -96,19 +100,25 @@ class PeerService:
             "/peer/digests": (AskDigests, self._digests),
             "/peer/disown": (DisownThreads, self._disown),
             "/peer/submit-again": (SubmitAgain, self._submit_again),
+            "/peer/settled": (AskSettled, membership.settled),
         }
         self.handlers: dict[str, tuple[type[Envelope], Handler]] = {
             # A region with an outdated disk learns by these two that it is.
             "/peer/hello": (Hello, self._hello),
             "/peer/rejoin": (Rejoin, self._rejoin),
+            "/peer/record": (TakeRecord, self._take_record),
         } | {path: (type_, self._from_present_disks(answer)) for path, (type_, answer) in answers.items()}
 
     def _from_present_disks(self, answer: Handler) -> Handler:
         """`answer`, but not to a disk that another one has taken the place of: what it knows is over."""
 
         async def checked(message: Envelope) -> msgspec.Struct:
+            if message.region not in self._topology.members:
+                raise base.Unavailable(f"region {message.region} is not a member of this cluster, or not yet")
             if message.incarnation < self._log.peers.get(message.region, ""):
                 raise base.Unavailable(f"region {message.region} has another disk by now")
+            if message.config_version > self._topology.number and message.region in self._replicator.targets:
+                await self._replicator.targets[message.region].greet()  # brings the newer membership record
             return await answer(message)
 
         return checked
@@ -117,7 +127,9 @@ class PeerService:
         log = self._log
         known = log.peers.get(message.region, "")
         knew_another = known not in ("", message.incarnation) or message.region in log.replaced
-        if message.incarnation >= known:
+        if message.record.order > self._topology.record.order and self._is_in(message.record):
+            await self._writer.submit(base.Configure(message.record))
+        if message.incarnation >= known and message.region in self._topology.members:
             for group in message.groups:
                 row = log.groups.get(group.group)
                 if row is not None and group.epoch > row.epoch:
@@ -130,7 +142,7 @@ class PeerService:
             incarnation=log.incarnation,
             standing=log.standing,
             founders=dict(log.founders),
-            members=self._topology.members,
+            record=self._topology.record,
             groups=tuple(log.groups.values()),
             held=tuple(sorted(group for group in log.groups if log.is_holder(group))),
             position=self._feed.position,
@@ -138,9 +150,21 @@ class PeerService:
             knew_another=knew_another,
         )
 
+    def _is_in(self, record: base.Record) -> bool:
+        return any(member.name == self._topology.region for member in record.members)
+
+    async def _take_record(self, message: TakeRecord) -> Acknowledged:
+        if self._is_in(message.record):
+            await self._writer.submit(base.Configure(message.record))
+        if self._topology.record.order < message.record.order:
+            raise base.Unavailable(f"region {self._topology.region} does not take the membership record")
+        return Acknowledged()
+
     async def _rejoin(self, message: Rejoin) -> RejoinAnswer:
         """The new incarnation is on record before it hears anything: what the old one promised and confirmed
         stops counting here first."""
+        if message.region not in self._topology.members:
+            raise base.Unavailable(f"region {message.region} is not a member of this cluster, or not yet")
         if self._log.standing == "voter":
             await self._writer.submit(base.MeetPeer(message.region, message.incarnation))
         groups = tuple(self._log.groups.values())
@@ -148,6 +172,7 @@ class PeerService:
             incarnation=self._log.incarnation,
             standing=self._log.standing,
             known=self._log.peers.get(message.region, ""),
+            record=self._topology.record,
             groups=groups,
             digests={row.group: tuple(await self._log.digests(row.group)) for row in groups},
         )

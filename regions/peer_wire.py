@@ -20,6 +20,7 @@ from origin.store.base import (
     GroupRow,
     Head,
     LogSlice,
+    Record,
     Standing,
     StoreError,
     ThreadDelta,
@@ -53,7 +54,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
 class Hello(Envelope, frozen=True, kw_only=True):
     """A heartbeat: who I am and what I know of the groups."""
 
-    members: tuple[str, ...]
+    record: Record
     groups: tuple[GroupRow, ...]
     held: tuple[str, ...]
     """Groups that the sender orders."""
@@ -66,7 +67,7 @@ class HelloAnswer(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: str
     standing: Standing
     founders: dict[str, str]
-    members: tuple[str, ...]
+    record: Record
     groups: tuple[GroupRow, ...]
     held: tuple[str, ...]
     position: int
@@ -270,8 +271,28 @@ class RejoinAnswer(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: str
     standing: Standing
     known: str
+    record: Record
     groups: tuple[GroupRow, ...]
     digests: dict[str, tuple[int, ...]]
+
+
+class TakeRecord(Envelope, frozen=True, kw_only=True):
+    """A newer membership record, to be kept durably before the answer."""
+
+    record: Record
+
+
+class AskSettled(Envelope, frozen=True, kw_only=True):
+    """Is everything you hold quorum-durable under the record that I name (by `config_version`)?"""
+
+    seconds_max: float
+
+
+class SettledAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """`reason` empty: yes, for the groups in `held`."""
+
+    held: tuple[str, ...]
+    reason: str = ""
 
 
 _ERRORS: Final[dict[str, type[StoreError]]] = {

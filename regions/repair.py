@@ -32,9 +32,9 @@ from regions.peer_wire import (
     DisownThreads,
     HeadsAnswer,
 )
-from regions.replication_target import Heard
+from regions.replication_target import Heard, Target
 from regions.replicator import Replicator
-from regions.topology import CONFIG_VERSION, Topology
+from regions.topology import Topology
 
 EVERY_S: Final = 60.0
 FIRST_RETRY_S: Final = 1.0
@@ -93,24 +93,36 @@ class Repair:
         self._compared: dict[tuple[str, str], tuple[int, str]] = {}
         """(peer, group) to the (epoch, peer's incarnation) of the first comparison that was carried through."""
         self._suspects: dict[tuple[str, str], frozenset[str]] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._wake: dict[str, asyncio.Event] = {}
         self._done = asyncio.Event()
         self._comparisons = self._offered = self._disowned = self._damaged = 0
-        for target in replicator.targets.values():
-            self._wake[target.region] = asyncio.Event()
-            target.greeted.append(lambda heard, peer=target.region: self._greeted(peer, heard))
+        replicator.on_target(self._meet)
+
+    def _meet(self, target: Target) -> None:
+        peer = target.region
+        self._wake[peer] = asyncio.Event()
+        target.greeted.append(lambda heard: self._greeted(peer, heard))
 
     async def start(self) -> None:
-        self._tasks = [
-            asyncio.create_task(self._run(peer), name=f"repair with {peer}") for peer in self._topology.peers
-        ]
+        for peer in self._topology.peers:
+            self._tasks[peer] = asyncio.create_task(self._run(peer), name=f"repair with {peer}")
 
     async def close(self) -> None:
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._tasks = {}
+
+    async def follow_record(self) -> None:
+        """Compare with whom the membership record names now."""
+        gone = [self._tasks.pop(peer) for peer in sorted(self._tasks.keys() - set(self._topology.peers))]
+        for task in gone:
+            task.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        for peer in self._topology.peers:
+            if peer not in self._tasks:
+                self._tasks[peer] = asyncio.create_task(self._run(peer), name=f"repair with {peer}")
 
     def statistics(self) -> RepairStatistics:
         return RepairStatistics(self._comparisons, self._offered, self._disowned, self._damaged)
@@ -228,7 +240,7 @@ class Repair:
 
     async def _call(self, peer: str, path: str, type_: Any, answer: Any, **fields: Any) -> Any:
         message = type_(
-            config_version=CONFIG_VERSION,
+            config_version=self._topology.number,
             region=self._topology.region,
             incarnation=self._log.incarnation,
             **fields,

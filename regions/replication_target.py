@@ -28,7 +28,7 @@ from origin.store.base import Applied, Diverged, Gap, GroupRow, Refused, Replica
 from origin.thread import Entry
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import Fault, Hello, HelloAnswer, Replicate, ReplicateAnswer
-from regions.topology import CONFIG_VERSION, Topology
+from regions.topology import Topology, same_members
 
 DIRTY_THREADS_MAX: Final = 4_096
 TAIL_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -80,6 +80,7 @@ class Heard(msgspec.Struct, frozen=True):
     incarnation: str
     groups: dict[str, GroupRow]
     held: frozenset[str]
+    record: base.Record
 
 
 class _Dirty(msgspec.Struct):
@@ -171,8 +172,9 @@ class Target:
 
     @property
     def counts(self) -> bool:
-        """Whether what it said it holds durably counts: not while it has yet to learn what the cluster knows."""
-        return self.heard is not None and self.heard.standing == "voter"
+        """Whether what it said it holds durably counts: not while it has yet to learn what the cluster knows, nor
+        when the membership record does not let it vote."""
+        return self.heard is not None and self.heard.standing == "voter" and self.region in self._topology.voters
 
     def unflushed(self, thread_id: str) -> int:
         acked = self._acked.get(thread_id)
@@ -384,7 +386,7 @@ class Target:
         if known is None or not self._log.is_holder(group):
             return  # someone else orders this group now: its rows are theirs to send
         message = Replicate(
-            config_version=CONFIG_VERSION,
+            config_version=self._topology.number,
             region=self._topology.region,
             incarnation=self._log.incarnation,
             group=group,
@@ -584,19 +586,24 @@ class Target:
             self.region,
             "/peer/hello",
             Hello(
-                config_version=CONFIG_VERSION,
+                config_version=self._topology.number,
                 region=self._topology.region,
                 incarnation=log.incarnation,
-                members=self._topology.members,
+                record=self._topology.record,
                 groups=tuple(log.groups.values()),
                 held=tuple(sorted(group for group in log.groups if log.is_holder(group))),
             ),
             HelloAnswer,
             seconds_max=max(1.0, 2 * self._limits.heartbeat_s),
         )
-        self._misconfigured = answer.members != self._topology.members
+        ours = self._topology.record
+        if answer.record.order > ours.order and _knows(answer.record, self._topology.region):
+            await self._submit(base.Configure(answer.record))
+        # Two records of one place in their order were never both this cluster's: a typo in somebody's settings.
+        self._misconfigured = answer.record.order == ours.order and not same_members(answer.record, ours)
         if self._misconfigured:
-            self._last_error = f"its regions are {', '.join(answer.members)}, ours {', '.join(self._topology.members)}"
+            theirs = ", ".join(member.name for member in answer.record.members)
+            self._last_error = f"its regions are {theirs}, ours {', '.join(self._topology.members)}"
             return
         for group in answer.groups:
             known = log.groups.get(group.group)
@@ -617,6 +624,7 @@ class Target:
             incarnation=answer.incarnation,
             groups={group.group: group for group in answer.groups},
             held=frozenset(answer.held),
+            record=answer.record,
         )
         if self.heard is None or sent_at >= self.heard.sent_at:
             self.heard = heard
@@ -634,3 +642,7 @@ class Target:
         while True:
             await self._clock.sleep(SWEEP_SECONDS * self._rng.uniform(0.9, 1.1))
             self.look_again()
+
+
+def _knows(record: base.Record, region: str) -> bool:
+    return any(member.name == region for member in record.members)

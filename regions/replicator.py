@@ -53,29 +53,58 @@ class Replicator:
     ) -> None:
         self._topology = topology
         self._log = log
+        self._submit = submit
+        self._transport = transport
         self._clock = clock
+        self._rng = rng
+        self._limits = limits or ReplicationLimits()
         self._waiters: dict[str, list[_Waiter]] = {}
-        self.targets = {
-            region: Target(
-                region,
-                topology=topology,
-                log=log,
-                submit=submit,
-                transport=transport,
-                clock=clock,
-                rng=rng,
-                limits=limits or ReplicationLimits(),
-                confirm=self._confirm,
-            )
-            for region in topology.peers
-        }
+        self._running = False
+        self._on_target: list[Callable[[Target], None]] = []
+        self.targets: dict[str, Target] = {}
+        for region in topology.peers:
+            self._add(region)
+
+    def on_target(self, tell: Callable[[Target], None]) -> None:
+        """Have `tell` called with every target, those that will be added too."""
+        self._on_target.append(tell)
+        for target in self.targets.values():
+            tell(target)
+
+    def _add(self, region: str) -> Target:
+        self.targets[region] = target = Target(
+            region,
+            topology=self._topology,
+            log=self._log,
+            submit=self._submit,
+            transport=self._transport,
+            clock=self._clock,
+            rng=self._rng,
+            limits=self._limits,
+            confirm=self._confirm,
+        )
+        for tell in self._on_target:
+            tell(target)
+        return target
 
     async def start(self) -> None:
+        self._running = True
         for target in self.targets.values():
             target.start()
 
     async def close(self) -> None:
+        self._running = False
         await asyncio.gather(*(target.close() for target in self.targets.values()))
+
+    async def follow_record(self) -> None:
+        """Replicate to whom the membership record names now."""
+        gone = [self.targets.pop(region) for region in sorted(self.targets.keys() - set(self._topology.peers))]
+        for region in self._topology.peers:
+            if region not in self.targets:
+                target = self._add(region)
+                if self._running:
+                    target.start()
+        await asyncio.gather(*(target.close() for target in gone))
 
     def committed(self, operations: Sequence[base.Operation], outcomes: Sequence[base.Outcome]) -> None:
         """Hand what a batch appended here as holder to every target."""
@@ -86,12 +115,10 @@ class Replicator:
                     self._offer(outcome, marks, operation.traceparent)
                 case base.Resubmit(), base.Resubmitted(written):
                     self._offer(written, (), "")
-                case ((base.Win() | base.AdoptGroup()), None):
-                    group = operation.group if isinstance(operation, base.Win) else operation.group.group
-                    for target in self.targets.values():
-                        target.forget(group)
-                    for waiter in [it for waiters in self._waiters.values() for it in waiters if it.group == group]:
-                        waiter.done.set()
+                case base.Win(), None:
+                    self._begin_epoch(operation.group)
+                case base.AdoptGroup(), None if not self._log.is_holder(operation.group.group):
+                    self._begin_epoch(operation.group.group)
                 case ((base.Offer() | base.ApplyDelta()), _) if isinstance(operation, base.Offer) or (
                     self._log.is_holder(operation.group)
                 ):
@@ -100,6 +127,13 @@ class Replicator:
                     pass
         for target in self.targets.values():
             target.kick()
+
+    def _begin_epoch(self, group: str) -> None:
+        """What was owed and waited for in the epoch before is over."""
+        for target in self.targets.values():
+            target.forget(group)
+        for waiter in [it for waiters in self._waiters.values() for it in waiters if it.group == group]:
+            waiter.done.set()
 
     def _offer(self, written: base.Written, marks: Sequence[Entry], traceparent: str) -> None:
         appended = [] if written.replayed else [entry for entry in written.entries if entry.seq > written.base_v]
@@ -111,6 +145,10 @@ class Replicator:
     def reachable(self) -> frozenset[str]:
         """Peers that answered a heartbeat lately."""
         return frozenset(region for region, target in self.targets.items() if target.reachable)
+
+    def counting(self) -> frozenset[str]:
+        """Those of them whose confirmations count."""
+        return frozenset(region for region in self.reachable() if self.targets[region].counts)
 
     async def confirmations(
         self, group: str, thread_id: str, v: int, *, enough: Callable[[set[str]], bool], seconds_max: float

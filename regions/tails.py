@@ -21,7 +21,7 @@ from origin.thread import Entry
 from regions.adoption import Submit
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import SubmitAgain, SubmitAgainAnswer
-from regions.topology import CONFIG_VERSION, Topology
+from regions.topology import Topology
 
 ENTRIES_AT_ONCE: Final = 200
 SWEEP_S: Final = 1.0
@@ -126,7 +126,7 @@ class Tails:
             holder,
             "/peer/submit-again",
             SubmitAgain(
-                config_version=CONFIG_VERSION,
+                config_version=self._topology.number,
                 region=self._topology.region,
                 incarnation=self._log.incarnation,
                 group=group,

@@ -589,6 +589,45 @@ class Settle(msgspec.Struct, frozen=True):
     incarnation: str | None = None
 
 
+Role = Literal["learner", "voter", "removed"]
+"""Given everything but not counted; counted; gone, though the ids it minted and its group remain."""
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A region of the cluster. `ordinal` is its own for ever: epochs are made unique by it."""
+
+    name: str
+    ordinal: int
+    url: str
+    role: Role
+
+
+class Record(msgspec.Struct, frozen=True):
+    """Who belongs to the cluster (PROTOCOL section 8). Records are ordered by (epoch of the first group when it was
+    committed, version), and change one region at a time."""
+
+    epoch: int
+    version: int
+    first_group: str
+    """The group that keeps the claims, and whose holder changes the record; fixed by the very first one."""
+    members: tuple[Member, ...]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.epoch, self.version
+
+
+def targets_of(record: Record, region: str) -> list[str]:
+    """The regions that `region` replicates to."""
+    return [member.name for member in record.members if member.role != "removed" and member.name != region]
+
+
+class Configure(msgspec.Struct, frozen=True):
+    """A newer record; an older one is ignored. Members that are new in it are owed what is written from now on."""
+
+    record: Record
+
+
 class LearnPromise(msgspec.Struct, frozen=True):
     """A voter's row of a group: this store promises no less (a replaced disk may have promised it before)."""
 
@@ -626,6 +665,7 @@ Operation = (
     | Release
     | Resubmit
     | Settle
+    | Configure
     | LearnPromise
     | Trim
     | Unpark
@@ -679,6 +719,11 @@ class ReplicaLog(Protocol):
 
     @property
     def standing(self) -> Standing: ...
+
+    @property
+    def record(self) -> Record | None:
+        """The newest membership record; None before the store was part of a cluster."""
+        ...
 
     @property
     def founders(self) -> Mapping[str, str]:

@@ -145,6 +145,10 @@ class MemoryStore:
         return self._cluster.standing
 
     @property
+    def record(self) -> base.Record | None:
+        return self._cluster.record
+
+    @property
     def founders(self) -> Mapping[str, str]:
         return self._cluster.founders
 
@@ -220,6 +224,8 @@ class MemoryStore:
                     return self._cluster.learn(operation)
                 case base.MeetPeer():
                     return self._meet(operation)
+                case base.Configure():
+                    return self._configure(operation.record)
                 case base.Settle():
                     return self._settle(operation)
                 case base.Trim():
@@ -494,6 +500,10 @@ class MemoryStore:
     def _adopt(self, group: GroupRow) -> None:
         if self._cluster.adopt(group):
             self._outbox.forget(self._of_group(group.group))
+
+    def _configure(self, record: base.Record) -> None:
+        if self._cluster.configure(record):
+            self._outbox.retarget(base.targets_of(record, self._region))
 
     def _meet(self, operation: base.MeetPeer) -> None:
         """Offer a peer with another disk every thread this region orders."""

@@ -37,6 +37,10 @@ class Outbox:
     def __repr__(self) -> str:
         return f"<Outbox { ({target: len(rows) for target, rows in self._rows.items()}) }>"
 
+    def retarget(self, targets: Iterable[str]) -> None:
+        """Owe to these from now on, and nothing to others."""
+        self._rows = {target: self._rows.get(target, {}) for target in targets}
+
     def mark(self, thread_id: str, *, want_v: int, had_v: int, at_us: int, urgent: bool) -> None:
         """Owe a thread up to `want_v` to every target. One that was owed nothing has `had_v` of it.
 

@@ -188,6 +188,10 @@ class SqliteStore:
         return self._writer.committed.standing
 
     @property
+    def record(self) -> base.Record | None:
+        return self._writer.committed.record
+
+    @property
     def founders(self) -> Mapping[str, str]:
         return self._writer.committed.founders
 

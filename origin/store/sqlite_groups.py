@@ -9,6 +9,7 @@ import json
 from typing import Final, cast
 
 import apsw
+import msgspec
 
 from origin.groups import Cluster, GroupState
 from origin.store import base
@@ -40,6 +41,7 @@ class SqliteCluster(Cluster):
         self._db = connection
         self.standing = cast(base.Standing, meta["standing"])
         self.founders = json.loads(meta.get("founders", "{}"))
+        self.record = msgspec.json.decode(meta["record"], type=base.Record) if "record" in meta else None
         peers = list(connection.execute("SELECT region, incarnation, replaced FROM peers ORDER BY region"))
         self.peers = {cast(str, peer): cast(str, incarnation) for peer, incarnation, _ in peers}
         self.replaced = frozenset(cast(str, peer) for peer, _, replaced in peers if replaced)
@@ -66,6 +68,10 @@ class SqliteCluster(Cluster):
     def keep_peer(self, region: str, incarnation: str) -> None:
         values = (region, incarnation, int(region in self.replaced))
         self._db.execute("INSERT OR REPLACE INTO peers VALUES(?, ?, ?)", values)
+
+    def keep_record(self, record: base.Record) -> None:
+        text = msgspec.json.encode(record).decode()
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES('record', ?)", (text,))
 
     def keep_standing(self) -> None:
         meta = {

@@ -35,6 +35,12 @@ class SqliteOutbox:
         self._targets = tuple(targets)
         self._now_us = now_us
 
+    def retarget(self, targets: Sequence[str]) -> None:
+        """Owe to these from now on, and nothing to others."""
+        for gone in set(self._targets) - set(targets):
+            self._db.execute("DELETE FROM outbox WHERE target = ?", (gone,))
+        self._targets = tuple(targets)
+
     def mark(self, n: int, *, want_v: int, had_v: int, at_us: int, urgent: bool) -> None:
         """Owe a thread up to `want_v` to every target; one that was owed nothing is sent what lies behind `had_v`."""
         for target in self._targets:

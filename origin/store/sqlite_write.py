@@ -81,6 +81,8 @@ class SqliteWriter:
         self.changes: list[base.Change] = []
         """Feed rows of the last commit."""
         self._load()
+        if self._cluster.record is not None:
+            self._outbox.retarget(base.targets_of(self._cluster.record, region))
         self.committed = self._cluster.view()
         """The cluster as last committed, for readers on other threads."""
 
@@ -115,6 +117,8 @@ class SqliteWriter:
             if not self._db.get_autocommit():
                 self._db.execute("ROLLBACK")
             self._load()
+            if self._cluster.record is not None:
+                self._outbox.retarget(base.targets_of(self._cluster.record, self._region))
             raise
         position = self._position
         return [
@@ -153,6 +157,8 @@ class SqliteWriter:
                     return self._cluster.learn(operation)
                 case base.MeetPeer():
                     return self._meet(operation)
+                case base.Configure():
+                    return self._configure(operation.record)
                 case base.Settle():
                     return self._settle(operation)
                 case base.Trim():
@@ -490,6 +496,10 @@ class SqliteWriter:
     def _adopt(self, group: GroupRow) -> None:
         if self._cluster.adopt(group):
             self._outbox.forget_group(group.group)
+
+    def _configure(self, record: base.Record) -> None:
+        if self._cluster.configure(record):
+            self._outbox.retarget(base.targets_of(record, self._region))
 
     def _meet(self, operation: base.MeetPeer) -> None:
         """A peer with another disk may lack anything: offer it every thread this region orders."""

@@ -25,7 +25,7 @@ from infra.server import Lifecycle
 from regions.app import open_region, region_app
 from regions.peer_client import HttpPeers, PeerRefused, PeerUnreachable
 from regions.peer_wire import DIGEST_HEADER, Hello, HelloAnswer, content_digest
-from regions.topology import CONFIG_VERSION, Topology
+from regions.topology import Topology
 
 Client = TestClient[web.Request, web.Application]
 
@@ -61,12 +61,15 @@ def signer(tmp_path: Path, region: Client) -> IdentitySigner:
     return IdentitySigner(write_peer_key(tmp_path / "peer.key"), "region:eu-west")
 
 
+RECORD = Topology.of("us-east", {"us-east": "http://127.0.0.1:1", "eu-west": "http://127.0.0.1:2"}).record
+
+
 def hello(**changes: object) -> bytes:
     message = Hello(
-        config_version=CONFIG_VERSION,
+        config_version=1_000_001,
         region="eu-west",
         incarnation="x",
-        members=("us-east", "eu-west"),
+        record=RECORD,
         groups=(),
         held=(),
     )
@@ -165,7 +168,7 @@ class Impostor:
 
     async def answer(self, _: web.Request) -> web.Response:
         body = HelloAnswer(
-            region="us-east", incarnation="i", standing="voter", founders={}, members=("us-east",), groups=(), held=(),
+            region="us-east", incarnation="i", standing="voter", founders={}, record=RECORD, groups=(), held=(),
             position=0, known="", knew_another=False,
         )  # fmt: skip
         sent = msgspec.msgpack.encode(body)

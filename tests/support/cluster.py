@@ -52,7 +52,7 @@ class Network:
         self.replicated_bytes = 0
 
     def isolate(self, region: str) -> None:
-        for other in REGIONS:
+        for other in sorted(self.services.keys() | set(REGIONS)):
             if other != region:
                 self.cut |= {(region, other), (other, region)}
 
@@ -98,8 +98,18 @@ class LocalTransport:
 class Region:
     """One region of the test; `open` and `close`, or `restart` in between."""
 
-    def __init__(self, region: str, folder: Path, network: Network, *, limits: CoordinatorLimits, seed: int) -> None:
+    def __init__(
+        self,
+        region: str,
+        folder: Path,
+        network: Network,
+        *,
+        limits: CoordinatorLimits,
+        seed: int,
+        names: tuple[str, ...] = REGIONS,
+    ) -> None:
         self.region = region
+        self.urls = {name: f"http://{name}" for name in names}
         self.folder = folder
         self.network = network
         self.limits = NodeLimits(
@@ -111,9 +121,9 @@ class Region:
         self.mint = IdMint(region)
 
     async def open(self) -> None:
-        self.store = await SqliteStore.open(self.folder, region=self.region, members=REGIONS, rng=self.rng)
+        self.store = await SqliteStore.open(self.folder, region=self.region, members=tuple(self.urls), rng=self.rng)
         self._opened = open_node(
-            topology=Topology.of(self.region, URLS),
+            topology=Topology.of(self.region, self.urls),
             engine=self.store,
             transport=self.network.transport(self.region),
             clock=SYSTEM_CLOCK,
@@ -141,6 +151,9 @@ class Cluster:
 
     def __init__(self, folder: Path, *, limits: CoordinatorLimits | None = None, seed: int = 1) -> None:
         self.network = Network()
+        self._folder = folder
+        self._limits = limits or CoordinatorLimits()
+        self._seed = seed
         self.nodes = {
             region: Region(region, folder / region, self.network, limits=limits or CoordinatorLimits(), seed=seed)
             for region in REGIONS
@@ -159,6 +172,14 @@ class Cluster:
         for node in self.nodes.values():
             await node.close()
 
+    async def start_region(self, name: str) -> Region:
+        """A region server with a new disk, whose settings know the others; it is a member only once it is added."""
+        names = (*self.nodes, name)
+        region = Region(name, self._folder / name, self.network, limits=self._limits, seed=self._seed, names=names)
+        self.nodes[name] = region
+        await region.open()
+        return region
+
     async def _all_met(self) -> bool:
         return all(
             len(node.replicator.reachable()) == len(REGIONS) - 1
@@ -170,10 +191,10 @@ class Cluster:
     async def converged(self, *regions: str) -> bool:
         """True when outboxes are empty and every thread has the same head hash in every region."""
         for node in self.nodes.values():
-            for target in REGIONS:
-                if target != node.region and (await node.store.backlog(target)).threads:
+            for target in node.replicator.targets:
+                if (await node.store.backlog(target)).threads:
                     return False
-        heads = [await self.heads(region) for region in regions or REGIONS]
+        heads = [await self.heads(region) for region in regions or tuple(self.nodes)]
         return all(head == heads[0] for head in heads)
 
     async def heads(self, region: str) -> dict[str, str]:

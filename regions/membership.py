@@ -1,0 +1,293 @@
+"""Who belongs to the cluster, changed while it serves, one region at a time.
+
+The holder of the first group changes the membership record. A change is made only after every holder has made
+what it holds durable under the present record; it counts once a majority of the voters before and of those after
+keep it, so any majority of one record meets any majority of the next. A region is added as a learner, gets
+everything while the cluster serves, and votes from the record after that on; one that is removed holds no group
+any more. Source: PROTOCOL section 8; Ongaro's thesis, chapter 4 (single-server changes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from infra.clock import Clock
+from origin.store import base
+from origin.store.base import Member, Record, ReplicaLog, StoreError
+from regions.adoption import Submit
+from regions.failover import Failover
+from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
+from regions.peer_wire import Acknowledged, AskSettled, SettledAnswer, TakeRecord
+from regions.repair import Repair
+from regions.replicator import Replicator
+from regions.topology import Topology
+
+CHECK_S: Final = 0.5
+SETTLE_S: Final = 5.0
+CALL_SECONDS_MAX: Final = 5.0
+COMMIT_SECONDS_MAX: Final = 15.0
+
+_logger = logging.getLogger(__name__)
+
+
+class ChangeRefused(Exception):
+    """The membership can't be changed so, or not now."""
+
+
+class Membership:
+    """One region's part in who belongs to the cluster. `start` and `close` its life."""
+
+    def __init__(
+        self,
+        *,
+        topology: Topology,
+        log: ReplicaLog,
+        submit: Submit,
+        replicator: Replicator,
+        failover: Failover,
+        repair: Repair,
+        transport: PeerTransport,
+        clock: Clock,
+        rng: random.Random,
+    ) -> None:
+        self._topology = topology
+        self._log = log
+        self._submit = submit
+        self._replicator = replicator
+        self._failover = failover
+        self._repair = repair
+        self._transport = transport
+        self._clock = clock
+        self._rng = rng
+        self._changing = asyncio.Lock()
+        self._confirmed: tuple[int, int] | None = None
+        """The record that this region, as the first group's holder, saw a majority keep."""
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.waits_for = ""
+        """Why a learner does not vote yet, for operators."""
+
+    async def start(self) -> None:
+        if self._log.record is not None:
+            self._topology.adopt(self._log.record)
+            await self._follow()
+        self._tasks = [
+            asyncio.create_task(self._follow_records(), name="membership"),
+            asyncio.create_task(self._promote_learners(), name="learners"),
+        ]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+    # ------------------------------------------------------------ following
+
+    def committed(self, operations: Sequence[base.Operation]) -> None:
+        """The writer's hook: a record that is on disk here is followed at once."""
+        if any(isinstance(operation, base.Configure) for operation in operations):
+            record = self._log.record
+            if record is not None and record.order >= self._topology.record.order:
+                self._topology.adopt(record)
+                self._changed.set()
+
+    async def _follow_records(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await self._follow()
+
+    async def _follow(self) -> None:
+        await self._replicator.follow_record()
+        await self._repair.follow_record()
+
+    # ------------------------------------------------------------ changing
+
+    async def add(self, name: str, url: str) -> Record:
+        """Make `name` a learner; it votes by itself once it has everything. Raises ChangeRefused."""
+        async with self._changing:
+            await self._require_changeable()
+            known = self._find(name)
+            if known is not None and known.role != "removed":
+                raise ChangeRefused(f"region {name} is a member already ({known.role})")
+            members = self._topology.record.members
+            if known is not None:
+                changed = tuple(_with(it, role="learner", url=url) if it.name == name else it for it in members)
+            else:
+                changed = (*members, Member(name, len(members), url, "learner"))
+            return await self._change(changed)
+
+    async def remove(self, name: str) -> Record:
+        """Take `name` out; it may hold no group any more. Raises ChangeRefused."""
+        async with self._changing:
+            await self._require_changeable()
+            known = self._find(name)
+            if known is None or known.role == "removed":
+                raise ChangeRefused(f"region {name} is not a member")
+            held = sorted(row.group for row in self._log.groups.values() if row.holder == name)
+            if held:
+                raise ChangeRefused(f"region {name} holds {', '.join(held)}: promote another region for each first")
+            if known.role == "voter" and len(self._topology.voters) == 1:
+                raise ChangeRefused("the last region can't be removed")
+            return await self._change(
+                tuple(_with(it, role="removed") if it.name == name else it for it in self._topology.record.members)
+            )
+
+    def _find(self, name: str) -> Member | None:
+        return next((member for member in self._topology.record.members if member.name == name), None)
+
+    async def _require_changeable(self) -> None:
+        """This region may change the record, and the present one is settled everywhere."""
+        first = self._topology.claims_group
+        row = self._log.groups[first]
+        if not self._log.is_holder(first):
+            raise ChangeRefused(f"region {row.holder}, which holds {first}, changes the membership")
+        if not self._failover.has_lease(first):
+            raise ChangeRefused(f"this region can't know now whether it still holds {first}")
+        record = self._topology.record
+        if record.epoch != row.epoch:
+            # A new holder can't know whether its predecessor's last change counted: it makes it count, unchanged.
+            await self._commit(Record(row.epoch, record.version + 1, record.first_group, record.members), record)
+        elif self._confirmed != record.order:
+            await self._spread(record, record)
+        await self._require_settled()
+
+    async def _require_settled(self) -> None:
+        holders = sorted({row.holder for row in self._log.groups.values()})
+        held: set[str] = set()
+        for holder in holders:
+            message = AskSettled(**self._envelope(), seconds_max=SETTLE_S)
+            try:
+                if holder == self._topology.region:
+                    answer = await self.settled(message)
+                else:
+                    answer = await self._transport.call(
+                        holder, "/peer/settled", message, SettledAnswer, seconds_max=SETTLE_S * 3
+                    )
+            except (PeerUnreachable, PeerRefused, StoreError) as error:
+                raise ChangeRefused(f"region {holder} holds a group and can't be asked: {error}") from error
+            if answer.reason:
+                raise ChangeRefused(f"region {holder}: {answer.reason}")
+            held |= set(answer.held)
+        lost = sorted(self._log.groups.keys() - held)
+        if lost:
+            raise ChangeRefused(f"nobody holds {', '.join(lost)} now: promote a region for each first")
+
+    async def settled(self, message: AskSettled) -> SettledAnswer:
+        """As a holder: whether a majority of the present record's voters has all that was written by now."""
+        if message.config_version != self._topology.number:
+            return SettledAnswer(held=(), reason="it follows another membership record")
+        if self._log.unrecovered:
+            return SettledAnswer(held=(), reason=f"{len(self._log.unrecovered)} threads are being recovered")
+        held = tuple(sorted(group for group in self._log.groups if self._log.is_holder(group)))
+        results = await asyncio.gather(
+            *(self._replicator.settle(region, message.seconds_max) for region in self._topology.voting_peers)
+        )
+        have = 1 + sum(
+            done and self._replicator.targets[region].counts and self._repair.is_caught_up(region)
+            for region, done in zip(self._topology.voting_peers, results, strict=True)
+            if region in self._replicator.targets
+        )
+        if have < self._topology.majority:
+            return SettledAnswer(held=(), reason=f"{have} of {self._topology.majority} regions have what it holds")
+        return SettledAnswer(held=held)
+
+    async def _change(self, members: tuple[Member, ...]) -> Record:
+        before = self._topology.record
+        record = Record(before.epoch, before.version + 1, before.first_group, members)
+        await self._commit(record, before)
+        return record
+
+    async def _commit(self, record: Record, before: Record) -> None:
+        if record.epoch != self._log.groups[record.first_group].epoch:
+            raise ChangeRefused("another region took the first group over")
+        await self._submit(base.Configure(record))
+        self._topology.adopt(record)
+        await self._follow()
+        _logger.warning(
+            "the membership changes",
+            extra={
+                "fields": {
+                    "audit": True,
+                    "record": f"{record.epoch}.{record.version}",
+                    "members": {member.name: member.role for member in record.members},
+                }
+            },
+        )
+        await self._spread(record, before)
+
+    async def _spread(self, record: Record, before: Record) -> None:
+        """Have a majority of the voters before and of those after keep the record, within a while."""
+        kept = {self._topology.region}
+        wanted = [_voters(before), _voters(record)]
+        names = sorted({it.name for it in (*before.members, *record.members)} - kept)
+        deadline = self._clock.monotonic() + COMMIT_SECONDS_MAX
+        while not all(len(kept & voters) > len(voters) // 2 for voters in wanted):
+            waiting = [name for name in names if name not in kept]
+            results = await asyncio.gather(*(self._give(name, record) for name in waiting), return_exceptions=True)
+            kept |= {name for name, result in zip(waiting, results, strict=True) if result is True}
+            if self._clock.monotonic() >= deadline:
+                raise ChangeRefused(
+                    f"the record {record.epoch}.{record.version} is written here; of its majority only "
+                    f"{', '.join(sorted(kept))} keep it so far. It is spread further by heartbeats; try again then"
+                )
+            await self._clock.sleep(0.05 * self._rng.uniform(0.5, 1.5))
+        self._confirmed = record.order
+
+    async def _give(self, name: str, record: Record) -> bool:
+        message = TakeRecord(**self._envelope(), record=record)
+        await self._transport.call(name, "/peer/record", message, Acknowledged, seconds_max=CALL_SECONDS_MAX)
+        return True
+
+    # ------------------------------------------------------------ learners
+
+    async def _promote_learners(self) -> None:
+        """As the first group's holder: let a learner vote once it has what every holder has."""
+        while True:
+            await self._clock.sleep(CHECK_S * self._rng.uniform(0.75, 1.25))
+            learners = [member.name for member in self._topology.record.members if member.role == "learner"]
+            if not learners or not self._log.is_holder(self._topology.claims_group):
+                self.waits_for = ""
+                continue
+            name = learners[0]
+            try:
+                async with self._changing:
+                    await self._let_vote(name)
+                self.waits_for = ""
+            except (ChangeRefused, PeerUnreachable, PeerRefused, StoreError) as error:
+                self.waits_for = f"region {name} does not vote yet: {error}"
+
+    async def _let_vote(self, name: str) -> None:
+        target = self._replicator.targets.get(name)
+        if target is None or target.heard is None or not target.reachable:
+            raise ChangeRefused("it does not answer")
+        if target.heard.standing != "voter":
+            raise ChangeRefused("it is learning what the cluster knows")
+        if not await self._replicator.settle(name, SETTLE_S) or not self._repair.is_caught_up(name):
+            raise ChangeRefused("it has yet to get everything")
+        await self._require_changeable()
+        await self._change(
+            tuple(_with(it, role="voter") if it.name == name else it for it in self._topology.record.members)
+        )
+
+    def _envelope(self) -> dict[str, Any]:
+        return {
+            "config_version": self._topology.number,
+            "region": self._topology.region,
+            "incarnation": self._log.incarnation,
+        }
+
+
+def _with(member: Member, **changes: Any) -> Member:
+    return msgspec.structs.replace(member, **changes)
+
+
+def _voters(record: Record) -> set[str]:
+    return {member.name for member in record.members if member.role == "voter"}
