@@ -10,7 +10,7 @@ import asyncio
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,24 +88,27 @@ async def regions(
     """`weft region` processes, one for each name, that know one another.
 
     `ports`: where they listen, free ones unless given. `through`: for some of them the URLs by which they reach
-    others instead of their own. `ready` is told of each that is up, before they must all have heard one another.
+    others instead of their own. `ready` is told of each that was started, before any has to be up.
     """
     folder.mkdir(parents=True)
     key = write_peer_key(folder / "peer.key")
     ports = ports or dict(zip(names, free_ports(len(names)), strict=True))
     async with AsyncExitStack() as stack:
         started: list[Region] = []
+        waits: list[Awaitable[None]] = []
         for name in names:
             urls = {other: f"http://127.0.0.1:{port}" for other, port in ports.items()}
             urls |= (through or {}).get(name, {})
             settings = folder / f"{name}.toml"
             settings.write_text(_settings(name, ports[name], urls))
-            pid = await stack.enter_async_context(
-                child([*WEFT, "region", "--config", str(settings)], ports[name], folder / f"{name}.log")
-            )
+            command = [*WEFT, "region", "--config", str(settings)]
+            process = await stack.enter_async_context(_process(command, folder / f"{name}.log"))
             signer = IdentitySigner(key, f"edge:{name}", ttl_s=TOKEN_SECONDS)
-            started.append(Region(name, "127.0.0.1", ports[name], folder / name, pid, signer))
+            started.append(Region(name, "127.0.0.1", ports[name], folder / name, process.pid, signer))
             ready(started[-1])
+            waits.append(_ready(f"{started[-1].url}/readyz", process, folder / f"{name}.log"))
+        # All at once: with a new disk a region is not ready before it has heard the others.
+        await asyncio.gather(*waits)
         await _acquainted(started)
         yield started
 
@@ -131,11 +134,17 @@ async def postgres_handler(folder: Path, database: Postgres) -> AsyncGenerator[i
 @asynccontextmanager
 async def child(command: Sequence[str], port: int, log: Path, *, path: str = "/readyz") -> AsyncGenerator[int]:
     """A server process that answers at `path`, with 404 too when that is not /readyz; its process id."""
+    async with _process(command, log) as process:
+        await _ready(f"http://127.0.0.1:{port}{path}", process, log)
+        yield process.pid
+
+
+@asynccontextmanager
+async def _process(command: Sequence[str], log: Path) -> AsyncGenerator[subprocess.Popen[bytes]]:
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
         try:
-            await _ready(f"http://127.0.0.1:{port}{path}", process, log)
-            yield process.pid
+            yield process
         finally:
             process.terminate()
             try:
