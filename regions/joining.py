@@ -98,8 +98,8 @@ class Joining:
         found = await self._greet_all()
         newest = max((answer.record for answer in found if answer.standing == "voter"), key=_order, default=None)
         ours = self._topology.record
-        if newest is not None and [it.name for it in newest.members] != [it.name for it in ours.members]:
-            # The cluster was founded without this region, whatever its own settings say.
+        if newest is not None and not same_members(newest, ours):
+            # The cluster was founded, or changed, without this disk: its own settings don't say who belongs to it.
             if self._topology.region not in {it.name for it in newest.members if it.role != "removed"}:
                 self.reason = "its cluster does not know it yet: weft regions add"
                 return

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from regions.app import KEYS_KEPT_S
+from regions.node import KEYS_KEPT_S
 from tests.support.outside import REGIONS, Answer, Outside, User, eventually, said
 
 SUMMARY_KEYS = {
