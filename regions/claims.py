@@ -13,8 +13,19 @@ from typing import Final
 
 import msgspec
 
+from infra.clock import Clock
 from origin.access import INTERNAL
-from origin.store.base import Draft, ReplicaLog, StoreError, Unavailable, Write, Written
+from origin.store.base import (
+    Draft,
+    Fenced,
+    NotHolder,
+    Recovering,
+    ReplicaLog,
+    StoreError,
+    Unavailable,
+    Write,
+    Written,
+)
 from origin.thread import ClaimBody, CreateBody, encode
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import Claim, ClaimAnswer, ClaimMany, FindClaim, FindClaimAnswer
@@ -22,6 +33,8 @@ from regions.topology import Topology, claims_thread
 
 CLAIMS_PER_REQUEST: Final = 256
 CLAIM_SECONDS_MAX: Final = 10.0
+MOVING_SECONDS_MAX: Final = 5.0
+MOVING_PAUSE_S: Final = 0.05
 BIRTH: Final = "1970-01-01T00:00:00Z"
 """created_at of claims threads: a constant, so that their creation is the same entry whoever makes it."""
 
@@ -31,11 +44,24 @@ WriteHere = Callable[[Write], Awaitable[Written]]
 class Claims:
     """The claims as one region sees them: kept here when it holds the first group, asked for otherwise."""
 
-    def __init__(self, *, topology: Topology, log: ReplicaLog, transport: PeerTransport, write_here: WriteHere) -> None:
+    def __init__(
+        self,
+        *,
+        topology: Topology,
+        log: ReplicaLog,
+        transport: PeerTransport,
+        write_here: WriteHere,
+        recover: Callable[[str], Awaitable[None]],
+        require_lease: Callable[[str], None],
+        clock: Clock,
+    ) -> None:
         self._topology = topology
         self._log = log
         self._transport = transport
+        self._clock = clock
         self._write_here = write_here
+        self._recover = recover
+        self._require_lease = require_lease
         self._waiting: dict[str, tuple[Claim, asyncio.Future[ClaimBody]]] = {}
         self._sender: asyncio.Task[None] | None = None
 
@@ -66,7 +92,11 @@ class Claims:
             return msgspec.json.decode(known.body, type=ClaimBody)
         holder = self._holder()
         if holder == self._topology.region:
-            return None
+            # A new holder may have yet to adopt this one; and it may not be the holder any more.
+            await self._recover(claims_thread(thread_id))
+            known = await self._log.find(claims_thread(thread_id), thread_id)
+            self._require_lease(self._topology.claims_group)
+            return None if known is None else msgspec.json.decode(known.body, type=ClaimBody)
         try:
             answer = await self._transport.call(
                 holder,
@@ -119,7 +149,7 @@ class Claims:
                 batch = dict(list(self._waiting.items())[:CLAIMS_PER_REQUEST])
                 claims = tuple(claim for claim, _ in batch.values())
                 try:
-                    answers: Sequence[ClaimBody | Exception] = await self._ask(claims)
+                    answers: Sequence[ClaimBody | Exception] = await self._ask_holder(claims)
                 except (PeerUnreachable, PeerRefused) as error:
                     answers = [Unavailable(f"the id can't be claimed now: {error}")] * len(claims)
                 except StoreError as error:
@@ -135,6 +165,17 @@ class Claims:
                         future.set_result(answer)
         finally:
             self._sender = None
+
+    async def _ask_holder(self, claims: tuple[Claim, ...]) -> Sequence[ClaimBody]:
+        """Ask whoever holds the claims; while they move, wait for who it will be."""
+        deadline = self._clock.monotonic() + MOVING_SECONDS_MAX
+        while True:
+            try:
+                return await self._ask(claims)
+            except (NotHolder, Fenced, Recovering):
+                if self._clock.monotonic() >= deadline:
+                    raise
+                await self._clock.sleep(MOVING_PAUSE_S)
 
     async def _ask(self, claims: tuple[Claim, ...]) -> Sequence[ClaimBody]:
         holder = self._holder()

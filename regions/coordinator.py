@@ -122,7 +122,15 @@ class Coordinator:
         self._edges = edges
         self._known_groups: OrderedDict[str, str] = OrderedDict()
         self._fetches: SingleFlight[str, None] = SingleFlight()
-        self.claims = Claims(topology=topology, log=log, transport=transport, write_here=self.write_here)
+        self.claims = Claims(
+            topology=topology,
+            log=log,
+            transport=transport,
+            write_here=self._write_claims,
+            recover=failover.recover,
+            require_lease=self.require_lease,
+            clock=clock,
+        )
 
     async def close(self) -> None:
         await self.claims.close()
@@ -188,6 +196,13 @@ class Coordinator:
         if written.narrowed or _may_narrow(written):
             return await self._await_narrowing(write.thread_id, written)
         return written
+
+    async def _write_claims(self, write: Write) -> Written:
+        try:
+            return await self.write_here(write)
+        except base.Recovering:
+            await self._failover.recover(write.thread_id)
+            return await self.write_here(write)
 
     def _others(self, level: str) -> int:
         """How many other regions have to hold what is acknowledged at that level."""

@@ -448,7 +448,9 @@ class MemoryStore:
             bucket = (row.group, log.bucket_of(thread_id))
             change = log.row_digest(before) ^ log.row_digest(row)
             self._digests[bucket] = self._digests.get(bucket, 0) ^ change
-            if touched.recovered:
+            if self._cluster.rows[row.group].holder != self._region:
+                pass  # the group moved within this commit: what it wrote is the new holder's to send
+            elif touched.recovered:
                 self._outbox.offer_to_all(thread_id, row.v, now_us)
             elif touched.replicate:
                 self._outbox.mark(

@@ -430,7 +430,9 @@ class SqliteWriter:
             self._position += 1
             self._db.execute("INSERT INTO changes VALUES(?, ?, ?, ?)", (self._position, n, touched.first_seq, row.v))
             self.changes.append(sqlite_rows.change_of(shown, self._position, touched.first_seq, row.v))
-            if touched.recovered:
+            if self._cluster.rows[row.group].holder != self._region:
+                pass  # the group moved within this commit: what it wrote is the new holder's to send
+            elif touched.recovered:
                 self._outbox.offer_to_all(n, row.v)
             elif touched.replicate:
                 self._outbox.mark(

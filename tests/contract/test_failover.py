@@ -519,3 +519,13 @@ async def test_a_thread_delta_without_entries_finishes_a_recovery_that_needs_non
     assert dict(await new.unconfirmed(T)) == {HERE: 0, THIRD: 0}
     page = await new.read(T, ANN)
     assert page.row.v == 1
+
+
+@both
+async def test_what_was_written_in_the_commit_that_lost_the_group_is_owed_by_nobody(engine: Engine) -> None:
+    """Owed by a region that does not hold the group any more, it would never be sent, nor forgotten."""
+    moved = AdoptGroup(GroupRow(HERE, 1_001, PEER, 1_001))
+    written, _ = await engine.commit([create(T, messages=[message("m1")]), moved])
+    assert isinstance(written, Written)
+    assert not await engine.outbox(PEER, due_before=1e12, limit=10)
+    assert await engine.owed(HERE) == frozenset()
