@@ -72,6 +72,11 @@ class DataFolder:
         return self.path / "logs"
 
     @property
+    def audit_log(self) -> Path:
+        """Lines of JSON: what operators did that can lose something."""
+        return self.path / "audit.log"
+
+    @property
     def keys(self) -> Path:
         return self.path / "keys"
 

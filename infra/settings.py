@@ -31,6 +31,10 @@ ALGORITHMS: Final = (
     "ES256", "ES384", "ES512", "EdDSA", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
 )  # fmt: skip
 NEVER_PUBLIC: Final = ("/api", "/v1", "/peer")
+LEASE_HEARTBEATS: Final = 3
+"""A holder's lease, and so what counts as out of reach, in heartbeats."""
+FAILOVER_LEASES_MIN: Final = 2
+"""A silence that moves a group is at least so many leases: clocks drift, and heartbeats come late after a pause."""
 _NAMED_TABLES: Final = (["regions"], ["models", "providers"])
 
 AnyStruct = TypeVar("AnyStruct", bound=Struct)
@@ -96,6 +100,7 @@ OptionalUrl = Annotated[
 Listen = Annotated[str, Meta(description="host:port, the port from 0 to 65535", extra={"parse": _listen})]
 Seconds = Annotated[float, Meta(gt=0, le=86_400, description="seconds, over 0 and at most 86400")]
 SecondsOrNone = Annotated[float, Meta(ge=0, le=86_400, description="seconds, from 0 to 86400")]
+Interval = Annotated[float, Meta(ge=0, le=31 * 86_400, description="seconds, from 0 (never) to 2678400")]
 Bytes = Annotated[int, Meta(ge=1024, le=1 << 40, description="a number of bytes, at least 1024")]
 Count = Annotated[int, Meta(ge=1, le=1 << 31, description="a whole number, at least 1")]
 Processes = Annotated[int, Meta(ge=1, le=256, description="a whole number from 1 to 256")]
@@ -137,6 +142,8 @@ class StoreSettings(Struct, frozen=True):
     body_file_bytes: Bytes = 256 * 1024
     """A larger message body is a file of its own."""
     feed_rows_max: Count = 1_000_000
+    scrub_every_s: Interval = 86_400.0
+    """How often all that is stored is recomputed from its entries; 0: never."""
 
 
 class SyncSettings(Struct, frozen=True):
@@ -150,6 +157,8 @@ class SyncSettings(Struct, frozen=True):
     pending_wait_s: SecondsOrNone = 1.0
     """How long a deletion or a narrowed visibility waits for the other regions."""
     write_timeout_s: Seconds = 10.0
+    repair_every_s: Seconds = 60.0
+    """How often a holder compares its groups with each other region."""
 
 
 class EdgeSettings(Struct, frozen=True):
@@ -236,6 +245,14 @@ def _agree(settings: Settings, source: str) -> None:
         if settings.region not in settings.regions:
             allowed = ", ".join(sorted(settings.regions)) or "none, there is no [regions.NAME] table"
             raise SettingsError(f"{source}: region is {_shown(settings.region)}; allowed: {allowed}")
+    sync = settings.sync
+    least_s = FAILOVER_LEASES_MIN * LEASE_HEARTBEATS * sync.heartbeat_s
+    if sync.failover == "auto" and sync.failover_after_s < least_s:
+        raise SettingsError(
+            f"{source}: sync.failover_after_s is {sync.failover_after_s:g}; allowed: at least {least_s:g}, which is "
+            f"{FAILOVER_LEASES_MIN} leases of {LEASE_HEARTBEATS} times sync.heartbeat_s ({sync.heartbeat_s:g}) each, "
+            "so that a holder knows that it is silent before it is replaced"
+        )
     for index, issuer in enumerate(settings.auth.issuers):
         if bool(issuer.jwks_url) == (issuer.jwks_file is not None):
             raise SettingsError(f"{source}: auth.issuers[{index}] needs one of jwks_url and jwks_file")

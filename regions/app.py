@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Final
 
 import msgspec
 from aiohttp import web
@@ -18,7 +17,7 @@ from infra.identity import IdentitySigner, IdentityVerifier, load_peer_key
 from infra.metrics import Metrics
 from infra.problem import problem_middleware
 from infra.server import Lifecycle, add_health_routes, cut_quietly
-from infra.settings import Settings
+from infra.settings import LEASE_HEARTBEATS, Settings
 from infra.trace import trace_middleware
 from origin.api import add_thread_api
 from origin.ids import IdMint
@@ -32,9 +31,8 @@ from regions.node import Node, NodeLimits, open_node
 from regions.peer_api import PeerApi
 from regions.peer_client import HttpPeers
 from regions.replication_target import ReplicationLimits
+from regions.scrubbing import Scrubbing
 from regions.topology import Topology
-
-LEASE_HEARTBEATS: Final = 3
 
 
 class Region(msgspec.Struct):
@@ -44,6 +42,7 @@ class Region(msgspec.Struct):
     node: Node
     peers: HttpPeers
     peer_api: PeerApi
+    scrubbing: Scrubbing
     verifier: IdentityVerifier
 
 
@@ -81,8 +80,16 @@ async def open_region(
                 limits=node_limits(settings),
             )
         )
+        scrubbing = Scrubbing(settings.store.path, every_s=settings.store.scrub_every_s, clock=clock, rng=random_source)
+        await scrubbing.start()
+        stack.push_async_callback(scrubbing.close)
         peer_api = PeerApi(
-            node, signer=signer, verifier=verifier, lifecycle=lifecycle, pool_statistics=store.pool_statistics
+            node,
+            signer=signer,
+            verifier=verifier,
+            lifecycle=lifecycle,
+            scrubbing=scrubbing,
+            pool_statistics=store.pool_statistics,
         )
 
         async def joined() -> str | None:
@@ -91,7 +98,7 @@ async def open_region(
             return None if topology.votes else "does not vote in its cluster: a learner, or removed"
 
         lifecycle.add_check("joined", joined)
-        yield Region(store, node, peers, peer_api, verifier)
+        yield Region(store, node, peers, peer_api, scrubbing, verifier)
 
 
 def node_limits(settings: Settings) -> NodeLimits:
@@ -113,6 +120,7 @@ def node_limits(settings: Settings) -> NodeLimits:
             lease_s=LEASE_HEARTBEATS * settings.sync.heartbeat_s,
             check_s=min(0.2, settings.sync.heartbeat_s / 5),
         ),
+        repair_every_s=settings.sync.repair_every_s,
         queue_max=settings.store.queue_max,
         queue_deadline_s=settings.store.queue_deadline_s,
         feed_rows_max=settings.store.feed_rows_max,
@@ -124,13 +132,12 @@ def region_app(
 ) -> web.Application:
     """The aiohttp application over a region's running parts: health, metrics, thread API, peer API."""
     metrics = Metrics()
-    add_region_metrics(metrics, region.store, region.node.writer, region.node.replicator)
     app = web.Application(
         middlewares=[cut_quietly, trace_middleware, metrics.middleware(), problem_middleware(translate)],
         client_max_size=settings.server.body_bytes_max,
     )
     add_health_routes(app, lifecycle)
-    app.router.add_get("/metrics", metrics.metrics_handler)
+    app.router.add_get("/metrics", add_region_metrics(metrics, region.store, region.node, region.scrubbing))
     region.peer_api.add_routes(app)
 
     def holder_of(row: Row) -> str:

@@ -27,7 +27,7 @@ from origin.store import backup
 from origin.store.backup import BackupDamaged, BackupRefused, Manifest
 from origin.store.bodies import BodyDamaged
 from origin.store.sqlite import SchemaTooNew, StoreLocked, WrongRegion, schema_version
-from regions.commands import data_option, json_option
+from regions.options import data_option, json_option
 
 _FAILURES: Final = (
     BackupDamaged, BackupRefused, BodyDamaged, ClusterError, SchemaTooNew, StoreLocked, WrongRegion, apsw.Error,

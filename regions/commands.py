@@ -1,8 +1,8 @@
-"""`weft up`, `token`, `status` and `doctor`: a cluster on this machine, and any cluster's health.
+"""`weft up`, `token` and `doctor`: a cluster on this machine, and whether any cluster is in order.
 
 Promise: each is one click command with an example, `--json` and a documented exit status. Left to others: what a
-local cluster consists of (`regions.local`), running it (`infra.cluster`), asking (`regions.operator`) and judging
-(`regions.doctor`).
+local cluster consists of (`regions.local`), running it (`infra.cluster`), judging (`regions.doctor`), and operating it
+(`regions.status`, `regions.operations`, `regions.backups`).
 """
 
 from __future__ import annotations
@@ -21,38 +21,24 @@ import msgspec
 from rich.panel import Panel
 from rich.text import Text
 
-from infra import logs, settings
+from infra import logs
 from infra.cli import console, fail, print_json
 from infra.cluster import Cluster, ClusterError, FolderLock, check_addresses
-from infra.development import DATA_FOLDER, ISSUER, USER, DataFolder, NoCluster
+from infra.development import ISSUER, USER, DataFolder, NoCluster
 from infra.identity import IdentityError, IdentityKeyError
 from infra.settings import Settings
-from infra.tables import print_table, safe, terminal
+from infra.tables import safe, terminal
 from origin.client import ApiError, Claims, EdgeUnreachable, ThreadClient
 from origin.importers.scan import SAMPLES, SAMPLES_AT
 from origin.store.sqlite import SchemaTooNew
 from origin.transfer import ImportStopped, import_threads
 from regions import doctor, local
 from regions.local import Plan
-from regions.operator import Operated, Seen, look
+from regions.options import config_option, data_option, json_option
 
 SAMPLES_SECONDS_MAX: Final = 15.0
 TTL_UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 TTL_S_MAX: Final = 366 * 86_400
-
-data_option = click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=DATA_FOLDER,
-    show_default=True,
-    help="Folder of the cluster.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-config_option = click.option(
-    "--config",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Instead of --data: settings of a region or edge, wherever it runs.",
-)
 
 
 # ---------------------------------------------------------------- up
@@ -198,80 +184,6 @@ def token_command(data: Path, user: str, team: str | None, email: str | None, tt
         print_json({"token": token, "user": user, "team": team, "email": email, "ttl_s": ttl})
     else:
         click.echo(token)
-
-
-# ---------------------------------------------------------------- status
-
-
-@click.command("status")
-@data_option
-@config_option
-@json_option
-def status_command(data: Path, config: Path | None, as_json: bool) -> None:
-    """Show each region's health, and how far replication between them has come.
-
-    Exit status: 0 when a region answered, 1 when none did or no cluster runs.
-
-    Example: weft status
-    """
-    try:
-        seen = asyncio.run(look(_operated(DataFolder(data), config)))
-    except (NoCluster, IdentityKeyError) as error:
-        fail(str(error))
-    if as_json:
-        print_json({"regions": [_as_dict(each) for each in seen]})
-    else:
-        _print_status(seen)
-    if all(each.status is None for each in seen):
-        fail("no region answered")
-
-
-def _operated(folder: DataFolder, config: Path | None) -> Operated:
-    if config is None:
-        return Operated.running(folder)
-    return Operated.configured(settings.load(config, os.environ, required=("region",)))
-
-
-def _as_dict(seen: Seen) -> dict[str, object]:
-    return {
-        "name": seen.place.name,
-        "region": seen.place.region,
-        "edge": seen.place.edge,
-        "well": seen.well,
-        "region_fault": seen.region_fault or None,
-        "edge_fault": seen.edge_fault or None,
-        "clock_s": seen.clock_s,
-        "status": seen.raw,
-    }
-
-
-def _print_status(seen: list[Seen]) -> None:
-    rows: list[tuple[object, ...]] = []
-    links: list[tuple[object, ...]] = []
-    for each in seen:
-        status = each.status
-        held = [group for group, row in status.groups.items() if row.holder == each.place.name] if status else []
-        rows.append(
-            (
-                each.place.name,
-                "ready" if not each.region_fault else "not ready" if status else "unreachable",
-                "-" if each.place.edge is None else "ready" if not each.edge_fault else "not ready",
-                status.threads if status else None,
-                status.entries if status else None,
-                ",".join(held) or "-",
-                each.region_fault or each.edge_fault or "-",
-            )
-        )
-        for peer, link in (status.peers if status else {}).items():
-            state = link.breaker if link.reachable else "unreachable"
-            error = link.last_error or "-"
-            links.append(
-                (each.place.name, peer, link.backlog_threads, f"{link.oldest_s:.1f} s", link.parked, state, error)
-            )
-    print_table(("REGION", "STATE", "EDGE", "THREADS", "ENTRIES", "HOLDS", "FAULT"), rows, flexible="FAULT")
-    if links:
-        click.echo()
-        print_table(("FROM", "TO", "BACKLOG", "LAG", "PARKED", "LINK", "LAST ERROR"), links, flexible="LAST ERROR")
 
 
 # ---------------------------------------------------------------- doctor

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, Literal
@@ -138,11 +139,14 @@ class Failover:
         Counted from the sending of the heartbeats it answered: a voter promises nothing that its answer did not
         show before it gave it, and tells a candidate how much of `lease_s` is left since.
         """
-        if not self._log.is_holder(group):
-            return False
+        return self._log.is_holder(group) and (
+            self._clock.monotonic() < self._confirmed_at(group) + self._limits.lease_s * (1 - DRIFT)
+        )
+
+    def _confirmed_at(self, group: str) -> float:
+        """From when the newest lease of a group held here counts; long ago when there never was one."""
         epoch = self._log.groups[group].epoch
-        now = self._clock.monotonic()
-        sent = [now]
+        sent = [self._clock.monotonic()]
         for target in self._replicator.targets.values():
             heard = target.heard
             if heard is not None and target.counts:
@@ -151,7 +155,7 @@ class Failover:
                     sent.append(heard.sent_at)
         sent.sort(reverse=True)
         majority = self._topology.majority
-        return len(sent) >= majority and now < sent[majority - 1] + self._limits.lease_s * (1 - DRIFT)
+        return sent[majority - 1] if len(sent) >= majority else -math.inf
 
     def answer_hello(self, message: Hello) -> None:
         """A peer's heartbeat is about to be answered: its lease begins no later than now."""
@@ -173,7 +177,7 @@ class Failover:
         return note
 
     def silence_s(self, group: str) -> float:
-        """How long nothing was heard of the group's holder as such."""
+        """How long nothing was heard of the group's holder as such; of a group held here, how long no majority was."""
         return self._clock.monotonic() - self._seen.get(group, self._started)
 
     @property
@@ -195,10 +199,9 @@ class Failover:
             return PreVoteAnswer(granted=False, reason="this region does not vote yet")
         if row is not None and message.epoch <= row.promised:
             return PreVoteAnswer(granted=False, reason=f"epoch {row.promised} is promised")
-        if self._log.is_holder(message.group):
-            if self.has_lease(message.group):
-                return PreVoteAnswer(granted=False, reason="this region holds the group")
-        elif self.silence_s(message.group) < PRE_VOTE_SHARE * self._limits.after_s:
+        if self.has_lease(message.group):
+            return PreVoteAnswer(granted=False, reason="this region holds the group")
+        if self.silence_s(message.group) < PRE_VOTE_SHARE * self._limits.after_s:
             return PreVoteAnswer(granted=False, reason="the holder was heard lately")
         return PreVoteAnswer(granted=True)
 
@@ -336,6 +339,7 @@ class Failover:
             "this region holds the group now",
             extra={"fields": {"group": group, "epoch": epoch, "recovering": len(win.recoveries)}},
         )
+        self._seen[group] = self._clock.monotonic()
         self._recover_now.set()
         for tell in self.won:
             tell(group)
@@ -456,6 +460,10 @@ class Failover:
         while True:
             await self._clock.sleep(self._limits.check_s * self._rng.uniform(0.9, 1.1))
             for group, row in sorted(self._log.groups.items()):
+                if self._log.is_holder(group):
+                    # Else whoever hands a group over would find it silent since ever, and ask for it back at once:
+                    # before the new holder's first heartbeats are answered nobody could refuse.
+                    self._seen[group] = max(self._seen.get(group, self._started), self._confirmed_at(group))
                 if not self.votes or self._log.is_holder(group) or not self._should_campaign(row):
                     continue
                 try:

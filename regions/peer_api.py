@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any, Final, TypeVar
 
+import apsw
 import msgspec
 from aiohttp import web
 
@@ -39,11 +40,12 @@ from regions.peer_client import PeerRefused, PeerUnreachable
 from regions.peer_service import Handler
 from regions.peer_wire import CONTENT_TYPE, DIGEST_HEADER, Envelope, content_digest, to_fault
 from regions.replicator import statistics_json
+from regions.scrubbing import Scrubbing, ScrubLine
 from regions.topology import TopologyError
 
 OPERATOR_BYTES_MAX: Final = 65_536
 SAVED_MAX: Final = 10_000
-"""Saved entries that a status counts, or a list shows."""
+"""Saved entries that a list shows."""
 MESSAGE_BYTES_MAX: Final = 64 * 1024 * 1024
 """A delta holds at least one entry, and a message may have 16 MiB."""
 FOLLOWER_CHARS_MAX: Final = 64
@@ -81,6 +83,7 @@ class PeerApi:
         signer: IdentitySigner,
         verifier: IdentityVerifier,
         lifecycle: Lifecycle,
+        scrubbing: Scrubbing,
         pool_statistics: Callable[[], PoolStatistics] | None = None,
     ) -> None:
         self._node = node
@@ -91,6 +94,7 @@ class PeerApi:
         self._signer = signer
         self._verifier = verifier
         self._lifecycle = lifecycle
+        self._scrubbing = scrubbing
         self._pool_statistics = pool_statistics
 
     def add_routes(self, app: web.Application) -> None:
@@ -103,6 +107,7 @@ class PeerApi:
         router.add_post("/peer/promote", self._promote)
         router.add_post("/peer/members", self._change_members)
         router.add_post("/peer/repair", self._repair)
+        router.add_post("/peer/scrub", self._scrub)
         router.add_get("/peer/saved", self._saved)
         router.add_post("/peer/feed/confirm", self._confirm)
 
@@ -202,10 +207,11 @@ class PeerApi:
             "position": held.position,
             "bytes_on_disk": held.bytes_on_disk,
             "unrecovered": len(log.unrecovered),
-            "saved_entries": len(await log.saved(limit=SAVED_MAX)),
-            "graveyard_entries": len(await log.saved(limit=SAVED_MAX, buried=True)),
+            "saved_entries": held.saved,
+            "graveyard_entries": held.buried,
             "tails_error": node.tails.last_error,
             "repair": _plain(node.repair.statistics()),
+            "scrub": _plain(self._scrubbing.statistics()),
             "peers": statistics_json(node.replicator.statistics(), backlogs),
             "writer": _plain(node.writer.statistics()),
             "edges": _plain(node.followers.statistics()),
@@ -261,6 +267,25 @@ class PeerApi:
                 except (PeerUnreachable, PeerRefused, StoreError) as error:
                     faults[f"{group} at {peer}"] = str(error)
         return self._json(caller, {"compared": compared, "faults": faults, "unparked": unparked})
+
+    async def _scrub(self, request: web.Request) -> web.StreamResponse:
+        """Recompute all that is stored here, at once: lines of JSON, each with what was gone through since the one
+        before; the last one says that it was carried through, or why not."""
+        caller = self._caller(request, "operator")
+        of_entries = (await self._log.statistics()).entries
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", **self._proof(caller)})
+        await response.prepare(request)
+        end = ScrubLine(of_entries=of_entries, done=True)
+        try:
+            async with aclosing(self._scrubbing.scrub()) as slices:
+                async for piece in slices:
+                    found = tuple(str(finding) for finding in piece.findings)
+                    line = ScrubLine(piece.threads, piece.entries, of_entries, found)
+                    await response.write(msgspec.json.encode(line) + b"\n")
+        except (apsw.Error, OSError) as error:
+            end = ScrubLine(of_entries=of_entries, error=str(error))
+        await response.write(msgspec.json.encode(end) + b"\n")
+        return response
 
     async def _saved(self, request: web.Request) -> web.Response:
         """Saved entries and the graveyard, without bodies."""

@@ -702,6 +702,10 @@ class StoreStatistics(msgspec.Struct, frozen=True):
     entries: int
     position: int
     bytes_on_disk: int
+    saved: int = 0
+    """Entries that another holder's log lacks and that have yet to come back."""
+    buried: int = 0
+    """The graveyard's."""
 
 
 class ReplicaLog(Protocol):

@@ -650,6 +650,8 @@ class MemoryStore:
             entries=sum(row.v for row in rows),
             position=self._position,
             bytes_on_disk=0,
+            saved=sum(not it.buried for it in self._saved.values()),
+            buried=sum(it.buried for it in self._saved.values()),
         )
 
     async def close(self) -> None:

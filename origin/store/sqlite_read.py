@@ -322,4 +322,6 @@ def read_statistics(db: apsw.Connection) -> base.StoreStatistics:
             entries=cast(int, db.execute("SELECT coalesce(sum(v), 0) FROM threads").get),
             position=_position(db),
             bytes_on_disk=cast(int, db.pragma("page_count")) * cast(int, db.pragma("page_size")),
+            saved=cast(int, db.execute("SELECT count(*) FROM saved WHERE buried = 0").get),
+            buried=cast(int, db.execute("SELECT count(*) FROM saved WHERE buried = 1").get),
         )

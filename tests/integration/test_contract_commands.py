@@ -36,7 +36,7 @@ from tests.support.outside import REGIONS, Outside, User, eventually, said
 from tests.support.processes import ROOT, WEFT, RunningCluster, free_port_block, wait_until, weft
 
 Done = subprocess.CompletedProcess[str]
-NAMES = ("up", "region", "edge", "token", "status", "doctor")
+NAMES = ("up", "region", "edge", "token", "status", "doctor", "promote", "repair", "backup", "restore")
 THREAD_NAMES = ("import", "list", "show", "search", "export", "share", "rename", "archive", "delete")
 
 

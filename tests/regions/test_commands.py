@@ -24,10 +24,12 @@ from infra.development import DataFolder
 from infra.identity import IDENTITY_HEADER, SERVER_IDENTITY_HEADER, IdentitySigner, IdentityVerifier, load_peer_key
 from origin.store.sqlite import DATABASE
 from regions import local, operator
-from regions.commands import doctor_command, status_command, token_command, up_command
+from regions.commands import doctor_command, token_command, up_command
 from regions.doctor import Finding, examine
 from regions.local import Plan
+from regions.operations import promote_command, repair_command
 from regions.operator import Operated, Place
+from regions.status import status_command
 from tests.support.processes import RunningCluster, free_port_block, running_cluster, wait_until, weft
 
 
@@ -318,7 +320,9 @@ def test_the_doctors_exit_status_tells_whether_anything_failed(plan: Plan) -> No
     assert "fix: chmod 600" in result.stdout and "1 of " in result.stderr
 
 
-@pytest.mark.parametrize("command", [up_command, token_command, status_command, doctor_command])
+@pytest.mark.parametrize(
+    "command", [up_command, token_command, status_command, doctor_command, promote_command, repair_command]
+)
 def test_every_help_has_an_example_and_json(command: Any) -> None:
     shown = run(command, "--help").stdout
     assert "Example: " in shown and "weft " in shown and "--json" in shown

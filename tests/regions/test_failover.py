@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from origin.store.base import Freshness, OutcomeUnknown, ThreadNotFound, Unavailable
 from regions.coordinator import CoordinatorLimits
 from regions.failover import PromotionFailed
+from regions.peer_wire import PreVote, PreVoteAnswer
 from tests.support.builders import ANN, append, bodies, create, delete, message, messages
 from tests.support.cluster import REGIONS, Cluster, eventually
 
@@ -150,6 +152,30 @@ async def test_a_graceful_handover_under_load_fails_no_write(cluster: Cluster) -
     await eventually(cluster.converged)
     for region in REGIONS:
         assert sorted((await ids_at(cluster, region, thread_id))[1:]) == sorted(written)
+
+
+async def test_who_hands_a_group_over_does_not_ask_for_it_back(tmp_path: Path) -> None:
+    """Its own time as holder counted as silence, and the new holder could not refuse before its first lease."""
+    async with Cluster(tmp_path) as cluster:
+        old, new = cluster[HOME].node.failover, cluster[OTHER].node.failover
+        began = time.monotonic()
+        await eventually(lambda: _true(time.monotonic() - began > cluster[HOME].limits.failover.after_s))
+        assert old.silence_s(HOME) < cluster[HOME].limits.failover.after_s
+        votes: list[asyncio.Task[PreVoteAnswer]] = []
+
+        def won(group: str) -> None:
+            ask = PreVote(
+                config_version=cluster[HOME].node.topology.number,
+                region=HOME,
+                incarnation=cluster[HOME].store.incarnation,
+                group=group,
+                epoch=cluster[OTHER].store.groups[group].epoch + 1_000,
+            )
+            votes.append(asyncio.create_task(new.pre_vote(ask)))
+
+        new.won.append(won)
+        await new.promote(HOME, graceful=True)
+        assert [(await vote).granted for vote in votes] == [False]
 
 
 async def _true(value: bool) -> bool:
