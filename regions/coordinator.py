@@ -67,6 +67,9 @@ BEHIND_WAIT_S: Final = 0.05
 KNOWN_GROUPS_MAX: Final = 65_536
 FORWARD_ATTEMPTS: Final = 3
 
+_SAYS_NOTHING_OF_EARLIER_TRIES: Final = (base.ThreadExists, base.StoreBusy, base.StoreFull, Unavailable)
+"""Of a write that was sent more than once, these answers tell what became of the last try only."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -242,42 +245,53 @@ class Coordinator:
 
     async def _write_in(self, group: str, write: Write, *, hops: int) -> Written:
         """Write where the group's holder is. While the group moves, wait for who it will be."""
+        overtaken = False
         deadline = self._clock.monotonic() + self._limits.write_seconds_max
-        while True:
-            row = self._log.groups.get(group)
-            if row is None:
-                raise Unavailable(f"no region of this cluster holds group {group!r}")
-            try:
-                if row.holder == self._topology.region:
-                    self._require_own_lease(group)
-                    return await self.write_here(write)
-                if hops >= HOPS_MAX:
-                    raise base.NotHolder(row)
-                return await self._forward(row, write, hops + 1)
-            except base.NotHolder as error:
-                if hops >= HOPS_MAX:
-                    raise
-                reason: base.StoreError = error
-                if error.group.epoch > row.epoch:
-                    await self._local.submit(base.AdoptGroup(error.group))
-                    continue
-            except _Overtaken as error:
-                # The new holder may have adopted it or not. What it recognises by its ids can be written again.
-                if write.mode == "create" or write.delete is not None:
-                    raise
-                if hops >= HOPS_MAX:
-                    raise base.NotHolder(self._log.groups[group]) from error
-                reason = error
-            except base.Fenced as error:
-                reason = error
-            except base.Recovering as error:
-                reason = error
-                if row.holder == self._topology.region:
-                    await self._failover.recover(write.thread_id)
-                    continue
-            if self._clock.monotonic() >= deadline:
-                raise Unavailable(f"group {group} is moving to another region: {reason}") from reason
-            await self._clock.sleep(PAUSE_S * self._rng.uniform(0.5, 1.5))
+        try:
+            while True:
+                row = self._log.groups.get(group)
+                if row is None:
+                    raise Unavailable(f"no region of this cluster holds group {group!r}")
+                try:
+                    if row.holder == self._topology.region:
+                        self._require_own_lease(group)
+                        return await self.write_here(write)
+                    if hops >= HOPS_MAX:
+                        raise base.NotHolder(row)
+                    return await self._forward(row, write, hops + 1)
+                except base.NotHolder as error:
+                    if hops >= HOPS_MAX:
+                        raise
+                    reason: base.StoreError = error
+                    overtaken |= row.holder != self._topology.region  # which may have written it first
+                    if error.group.epoch > row.epoch:
+                        await self._local.submit(base.AdoptGroup(error.group))
+                        continue
+                except _Overtaken as error:
+                    # The new holder may have adopted it or not. What it recognises by its ids can be written again.
+                    if write.mode == "create" or write.delete is not None:
+                        raise
+                    if hops >= HOPS_MAX:
+                        raise base.NotHolder(self._log.groups[group]) from error
+                    reason, overtaken = error, True
+                except (base.Fenced, base.Recovering) as error:
+                    reason = error
+                    overtaken |= row.holder != self._topology.region
+                    if isinstance(error, base.Recovering) and row.holder == self._topology.region:
+                        await self._failover.recover(write.thread_id)
+                        continue
+                if self._clock.monotonic() >= deadline:
+                    raise Unavailable(f"group {group} is moving to another region: {reason}") from reason
+                await self._clock.sleep(PAUSE_S * self._rng.uniform(0.5, 1.5))
+        except OutcomeUnknown:
+            raise
+        except base.StoreError as error:
+            if not overtaken:
+                raise
+            # What the holder before wrote comes back with its tail, whatever the new one says of the retry now.
+            raise OutcomeUnknown(
+                f"group {group} moved while it was written to: {error}; retry with the same ids"
+            ) from error
 
     def _require_own_lease(self, group: str) -> None:
         if self._failover.needs_lease and self._log.is_holder(group) and not self._failover.has_lease(group):
@@ -325,9 +339,9 @@ class Coordinator:
             raise Unavailable(f"region {group.holder}, which orders this thread's writes, is out of reach") from error
         except PeerRefused as error:
             raise Unavailable(str(error)) from error
-        except base.ThreadExists as error:
-            if sent:  # perhaps it is this creation that exists, whose first answer was lost
-                raise OutcomeUnknown(f"{error}; an earlier try may have created it") from error
+        except _SAYS_NOTHING_OF_EARLIER_TRIES as error:
+            if sent:  # one of which may have been carried out: perhaps it is this creation that exists
+                raise OutcomeUnknown(f"{error}; an earlier try may have been carried out") from error
             raise
         with _written_already():
             await self._apply_answer(answer, group.holder)

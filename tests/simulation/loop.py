@@ -126,6 +126,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._numbers = 0
         self._buried: list[SimTask] = []
         self.steps = 0
+        self._over = False
         self.errors: list[str] = []
         """What no caller saw: exceptions of callbacks and of tasks that nobody looked at."""
         self.world = Place(self, "world")
@@ -145,6 +146,7 @@ class SimLoop(asyncio.AbstractEventLoop):
             self._run_until(task)
             return task.result()
         finally:
+            self._over = True
             self._close_coroutines()
             sys.set_asyncgen_hooks(*hooks)
             asyncio._set_running_loop(None)
@@ -268,6 +270,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         return future
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
+        if self._over:
+            return  # cut off by the end of the run, before anyone could look
         error, task = context.get("exception"), context.get("task") or context.get("future")
         self.errors.append(f"{context.get('message')} {task!r}: {type(error).__name__}: {error}")
 
