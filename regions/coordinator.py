@@ -423,7 +423,8 @@ class Coordinator:
     ) -> ThreadPage:
         self._require_joined()
         if freshness.consistency == "origin":
-            await self._catch_up(thread_id)
+            # Not shared: a fetch under way may have asked before a write that this caller knows to be acknowledged.
+            await self._fetch_all(thread_id)
         local = Freshness(min_version=freshness.min_version)
         try:
             return await self._local.read(thread_id, actor, after=after, limit=limit, freshness=local)
@@ -490,7 +491,19 @@ class Coordinator:
 
     async def _catch_up(self, thread_id: str) -> None:
         """Bring the thread here as the holder has it. ThreadNotFound when the holder denies it."""
-        await self._fetches.do(thread_id, lambda: self._fetch_all(thread_id))
+        began = False
+
+        async def fetch() -> None:
+            nonlocal began
+            began = True
+            await self._fetch_all(thread_id)
+
+        try:
+            await self._fetches.do(thread_id, fetch)
+        except ThreadNotFound:
+            if began:
+                raise
+            await self._fetch_all(thread_id)  # the one that was joined had asked before this caller came
 
     async def _fetch_all(self, thread_id: str) -> None:
         group = await self._known_group(thread_id)

@@ -23,6 +23,7 @@ from typing import Any, Final
 START_S: Final = 1_790_000_000.0
 """Unix time at which every simulation begins."""
 STEPS_MAX: Final = 3_000_000
+CLOSINGS_MAX: Final = 100
 EXECUTOR_DELAY_S: Final = 0.0005
 
 
@@ -198,10 +199,12 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._timers.clear()
         for task in [*self._buried, *self._unfinished()]:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
-            try:
-                task.get_coro().close()
-            except BaseException:  # it awaits in its `finally`: let it
-                pass
+            for _ in range(CLOSINGS_MAX):
+                try:
+                    task.get_coro().close()
+                    break
+                except BaseException:  # it awaits or raises in its `finally`: out of there, too
+                    continue
         self._buried.clear()
         self._ready.clear()
         self._timers.clear()
