@@ -48,7 +48,7 @@ bench: install
 	$(BIN)/python -m tests.bench $(ONLY) $(ARGS)
 
 simulate: install
-	@$(BIN)/python -m tests.simulation --n $(or $(N),1000) --seed $(or $(SEED),1) $(ARGS)
+	@$(BIN)/python -m tests.simulation --n $(or $(N),1000) --seed $(or $(SEED),1) $(if $(BUG),--bug $(BUG)) $(ARGS)
 
 # The lock names no host, index or path: it installs from anybody's index.
 lock: install

@@ -72,6 +72,9 @@ FORWARD_ATTEMPTS: Final = 3
 NOT_NOW: Final = (Unavailable, base.StoreBusy, base.Behind, base.Fenced, base.StoreFull)
 """Refusals that tell a client that nothing was written."""
 
+_SAYS_NOTHING_OF_EARLIER_TRIES: Final = (base.ThreadExists, base.StoreBusy, base.StoreFull, Unavailable)
+"""Of a write that was sent more than once, these answers tell what became of the last try only."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -276,42 +279,53 @@ class Coordinator:
 
     async def _write_in(self, group: str, write: Write, *, hops: int) -> Written:
         """Write where the group's holder is. While the group moves, wait for who it will be."""
+        overtaken = False
         deadline = self._clock.monotonic() + self._limits.write_seconds_max
-        while True:
-            row = self._log.groups.get(group)
-            if row is None:
-                raise Unavailable(f"no region of this cluster holds group {group!r}")
-            try:
-                if row.holder == self._topology.region:
-                    self._require_own_lease(group)
-                    return await self.write_here(write)
-                if hops >= HOPS_MAX:
-                    raise base.NotHolder(row)
-                return await self._forward(row, write, hops + 1)
-            except base.NotHolder as error:
-                if hops >= HOPS_MAX:
-                    raise
-                reason: base.StoreError = error
-                if error.group.epoch > row.epoch:
-                    await self._local.submit(base.AdoptGroup(error.group))
-                    continue
-            except _Overtaken as error:
-                # The new holder may have adopted it or not. What it recognises by its ids can be written again.
-                if write.mode == "create" or write.delete is not None:
-                    raise
-                if hops >= HOPS_MAX:
-                    raise base.NotHolder(self._log.groups[group]) from error
-                reason = error
-            except base.Fenced as error:
-                reason = error
-            except base.Recovering as error:
-                reason = error
-                if row.holder == self._topology.region:
-                    await self._failover.recover(write.thread_id)
-                    continue
-            if self._clock.monotonic() >= deadline:
-                raise Unavailable(f"group {group} is moving to another region: {reason}") from reason
-            await self._clock.sleep(PAUSE_S * self._rng.uniform(0.5, 1.5))
+        try:
+            while True:
+                row = self._log.groups.get(group)
+                if row is None:
+                    raise Unavailable(f"no region of this cluster holds group {group!r}")
+                try:
+                    if row.holder == self._topology.region:
+                        self._require_own_lease(group)
+                        return await self.write_here(write)
+                    if hops >= HOPS_MAX:
+                        raise base.NotHolder(row)
+                    return await self._forward(row, write, hops + 1)
+                except base.NotHolder as error:
+                    if hops >= HOPS_MAX:
+                        raise
+                    reason: base.StoreError = error
+                    overtaken |= row.holder != self._topology.region  # which may have written it first
+                    if error.group.epoch > row.epoch:
+                        await self._local.submit(base.AdoptGroup(error.group))
+                        continue
+                except _Overtaken as error:
+                    # The new holder may have adopted it or not. What it recognises by its ids can be written again.
+                    if write.mode == "create" or write.delete is not None:
+                        raise
+                    if hops >= HOPS_MAX:
+                        raise base.NotHolder(self._log.groups[group]) from error
+                    reason, overtaken = error, True
+                except (base.Fenced, base.Recovering) as error:
+                    reason = error
+                    overtaken |= row.holder != self._topology.region
+                    if isinstance(error, base.Recovering) and row.holder == self._topology.region:
+                        await self._failover.recover(write.thread_id)
+                        continue
+                if self._clock.monotonic() >= deadline:
+                    raise Unavailable(f"group {group} is moving to another region: {reason}") from reason
+                await self._clock.sleep(PAUSE_S * self._rng.uniform(0.5, 1.5))
+        except OutcomeUnknown:
+            raise
+        except base.StoreError as error:
+            if not overtaken:
+                raise
+            # What the holder before wrote comes back with its tail, whatever the new one says of the retry now.
+            raise OutcomeUnknown(
+                f"group {group} moved while it was written to: {error}; retry with the same ids"
+            ) from error
 
     def _require_own_lease(self, group: str) -> None:
         if self._failover.needs_lease and self._log.is_holder(group) and not self._failover.has_lease(group):
@@ -359,9 +373,9 @@ class Coordinator:
             raise Unavailable(f"region {group.holder}, which orders this thread's writes, is out of reach") from error
         except PeerRefused as error:
             raise Unavailable(str(error)) from error
-        except base.ThreadExists as error:
-            if sent:  # perhaps it is this creation that exists, whose first answer was lost
-                raise OutcomeUnknown(f"{error}; an earlier try may have created it") from error
+        except _SAYS_NOTHING_OF_EARLIER_TRIES as error:
+            if sent:  # one of which may have been carried out: perhaps it is this creation that exists
+                raise OutcomeUnknown(f"{error}; an earlier try may have been carried out") from error
             raise
         except NOT_NOW as error:
             if sent:
@@ -452,7 +466,8 @@ class Coordinator:
     ) -> ThreadPage:
         self._require_joined()
         if freshness.consistency == "origin":
-            await self._catch_up(thread_id)
+            # Not shared: a fetch under way may have asked before a write that this caller knows to be acknowledged.
+            await self._fetch_all(thread_id)
         local = Freshness(min_version=freshness.min_version)
         try:
             return await self._local.read(thread_id, actor, after=after, limit=limit, freshness=local)
@@ -536,7 +551,19 @@ class Coordinator:
 
     async def _catch_up(self, thread_id: str) -> None:
         """Bring the thread here as the holder has it. ThreadNotFound when the holder denies it."""
-        await self._fetches.do(thread_id, lambda: self._fetch_all(thread_id))
+        began = False
+
+        async def fetch() -> None:
+            nonlocal began
+            began = True
+            await self._fetch_all(thread_id)
+
+        try:
+            await self._fetches.do(thread_id, fetch)
+        except ThreadNotFound:
+            if began:
+                raise
+            await self._fetch_all(thread_id)  # the one that was joined had asked before this caller came
 
     async def _fetch_all(self, thread_id: str) -> None:
         group = await self._known_group(thread_id)

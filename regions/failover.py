@@ -246,6 +246,8 @@ class Failover:
         row = self._log.groups[message.group]
         if not self._log.is_holder(message.group):
             raise base.NotHolder(row)
+        if message.region == self._topology.region:
+            return Acknowledged()  # it asked while it took the group over
         if not await self._replicator.settle(message.region, message.seconds_max):
             raise Unavailable(f"region {message.region} could not be brought up to date in time")
         return Acknowledged()

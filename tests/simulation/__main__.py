@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 
+from tests.simulation.bugs import BUGS, hunt
 from tests.simulation.many import Report, run_all, schedule_of
 from tests.simulation.schedule import Result, run
 
@@ -22,7 +23,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="the first one's seed; with --n 1 the one to replay")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--events", action="store_true", help="with --n 1: print every traced event")
+    parser.add_argument("--bug", choices=sorted(BUGS), help="plant this bug and look for the first seed that shows it")
     options = parser.parse_args()
+    if options.bug:
+        found = hunt(BUGS[options.bug])
+        print(f"seed {found[0]}: {found[1].violations[0]}" if found else "not found")
+        return 0 if found else 1
     began, report = time.monotonic(), Report()
     if options.n == 1:
         results: Iterable[Result] = [run(schedule_of(options.seed), keep_trace=options.events)]

@@ -45,7 +45,7 @@ class Checker:
     def acknowledged(self, request: Request, attempt: Attempt, written: Written) -> None:
         """A write was acknowledged: it must be as durable as was asked, right now."""
         world = self._world
-        if world.lost_disk_since(attempt.start):
+        if world.lost_disk_since(request.start):
             return
         needed = {"region": 1, "quorum": world.majority, "all": len(world.names)}[attempt.level]
         thread_id = written.row.id
@@ -183,14 +183,21 @@ class Checker:
             expected = [pair for pair in seen if pair[0] > after_seq]
             if messages[: len(expected)] != expected:
                 world.violation(f"seen before {expected} and not now {messages}: {what}")
-        if origin:
-            present = set(ids)
-            for request in self._history.of(row.id):
-                for attempt in request.acked:
-                    if attempt.end < start and self._stands(attempt) and after_seq == 0:
-                        missing = [id_ for id_ in attempt.ids or request.bodies if id_ not in present]
-                        if missing and not request.keyed:
-                            world.violation(f"not at its origin {missing}: {request.describe()}: {what}")
+        if after_seq == 0:
+            self._holds(region, start, set(ids), row, origin, what)
+
+    def _holds(self, region: str, start: float, present: set[str], row: Row, origin: bool, what: str) -> None:
+        """With consistency=origin all that was acknowledged is there; else all that was acknowledged right here."""
+        for request in self._history.of(row.id):
+            for attempt in request.acked:
+                if attempt.end >= start or not self._stands(attempt) or request.keyed:
+                    continue
+                if not origin and (attempt.region != region or self._world.lost_disk_since(attempt.start, region)):
+                    continue
+                missing = [id_ for id_ in request.bodies if id_ not in present]
+                if missing:
+                    where = "at its origin" if origin else f"at {region}, where it was acknowledged"
+                    self._world.violation(f"not {where} {missing}: {request.describe()}: {what}")
 
     def listing(self, region: str, actor: Principal, start: float, listing: Listing, what: str) -> None:
         for row in listing.rows:

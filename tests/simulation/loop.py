@@ -23,6 +23,7 @@ from typing import Any, Final
 START_S: Final = 1_790_000_000.0
 """Unix time at which every simulation begins."""
 STEPS_MAX: Final = 3_000_000
+CLOSINGS_MAX: Final = 100
 EXECUTOR_DELAY_S: Final = 0.0005
 
 
@@ -126,6 +127,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._numbers = 0
         self._buried: list[SimTask] = []
         self.steps = 0
+        self._over = False
         self.errors: list[str] = []
         """What no caller saw: exceptions of callbacks and of tasks that nobody looked at."""
         self.world = Place(self, "world")
@@ -145,6 +147,7 @@ class SimLoop(asyncio.AbstractEventLoop):
             self._run_until(task)
             return task.result()
         finally:
+            self._over = True
             self._close_coroutines()
             sys.set_asyncgen_hooks(*hooks)
             asyncio._set_running_loop(None)
@@ -196,10 +199,12 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._timers.clear()
         for task in [*self._buried, *self._unfinished()]:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
-            try:
-                task.get_coro().close()
-            except BaseException:  # it awaits in its `finally`: let it
-                pass
+            for _ in range(CLOSINGS_MAX):
+                try:
+                    task.get_coro().close()
+                    break
+                except BaseException:  # it awaits or raises in its `finally`: out of there, too
+                    continue
         self._buried.clear()
         self._ready.clear()
         self._timers.clear()
@@ -268,6 +273,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         return future
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
+        if self._over:
+            return  # cut off by the end of the run, before anyone could look
         error, task = context.get("exception"), context.get("task") or context.get("future")
         self.errors.append(f"{context.get('message')} {task!r}: {type(error).__name__}: {error}")
 

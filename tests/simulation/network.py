@@ -137,12 +137,16 @@ class Network:
     def request(self, source: str, target: str, path: str, data: bytes, reply: Callable[[str, bytes], None]) -> None:
         """Carry a request there and what comes of it back to `reply`. One that comes twice is carried out twice;
         the caller hears of the first."""
-        if not self.carry(source, target, lambda: self._arrive(source, target, path, data, reply)):
+        doubled = self.weather.duplicate and self._rng.random() < self.weather.duplicate
+
+        def arrive() -> None:
+            self._arrive(source, target, path, data, reply)
+            if doubled:
+                self._counts["packet doubled"] += 1
+                self.carry(source, target, lambda: self._arrive(source, target, path, data, _unheard))
+
+        if not self.carry(source, target, arrive):
             self._loop.call_later(RESET_S, reply, AWAY, b"", context=self._context)
-            return
-        if self.weather.duplicate and self._rng.random() < self.weather.duplicate:
-            self._counts["packet doubled"] += 1
-            self.carry(source, target, lambda: self._arrive(source, target, path, data, _unheard))
 
     def _arrive(self, source: str, target: str, path: str, data: bytes, reply: Callable[[str, bytes], None]) -> None:
         region = self.regions[target]

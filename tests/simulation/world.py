@@ -324,6 +324,7 @@ class World:
         place.on_death[-number - 1] = settle
         task = place.spawn(_run(act, target.node), "request")
         task.add_done_callback(settle, context=self.loop.world.context())
+        task.add_done_callback(_look_away, context=self.loop.world.context())
         timer = self.loop.call_later(seconds_max, settle)
         await done
         timer.cancel()
@@ -332,7 +333,6 @@ class World:
             return task.result()
         if hang_up and not place.dead:
             place.spawn(_cancel(task))
-        task.add_done_callback(_look_away)
         raise NoAnswer(region)
 
     async def until(self, condition: Callable[[], bool], *, seconds_max: float, every_s: float = 0.05) -> bool:

@@ -1,0 +1,32 @@
+"""The simulation finds every planted bug: with a safety rule switched off, some seed breaks a promise.
+
+`make simulate BUG=name` looks for one by hand.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.bugs import BUGS, hunt
+from tests.simulation.schedule import run
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", sorted(BUGS))
+def test_a_planted_bug_is_found(name: str) -> None:
+    found = hunt(BUGS[name])
+    assert found is not None, f"{BUGS[name].rule} Nobody noticed in {BUGS[name].seeds_max} schedules."
+    seed, result = found
+    assert run(BUGS[name].schedule(seed)).violations == [], "what was found is there without the bug, too"
+    print(f"{name}: seed {seed}: {result.violations[0]}")
+
+
+def test_there_are_enough_planted_bugs() -> None:
+    assert len(BUGS) >= 20
+    assert len({bug.rule for bug in BUGS.values()}) == len(BUGS)
+
+
+@pytest.mark.parametrize("name", ["no_dedupe", "claims_at_region", "absent_is_denied", "epochs_are_not_unique"])
+def test_easy_bugs_are_found_at_once(name: str) -> None:
+    found = hunt(BUGS[name])
+    assert found is not None and found[0] <= 20
