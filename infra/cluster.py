@@ -176,10 +176,12 @@ class Cluster:
     async def run(
         self,
         *,
+        alongside: Callable[[], Awaitable[None]] | None = None,
         prepare: Callable[[], Awaitable[None]] | None = None,
         announce: Callable[[], None] | None = None,
     ) -> None:
-        """Start all; when all are ready `prepare`, publish, `announce`; return once all are stopped.
+        """Start all, doing `alongside` what they may need to become ready; when all are, `prepare`, publish,
+        `announce`; return once all are stopped.
 
         SIGTERM, SIGINT and SIGHUP stop it. Raises ClusterError, with everything stopped again, when an
         address is taken, a child gives up before the first readiness, or that takes too long.
@@ -200,6 +202,8 @@ class Cluster:
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as http:
                 keepers |= {child.name: asyncio.create_task(self._keep(child, http)) for child in self._children}
                 watched = [stop, *keepers.values()]
+                if alongside is not None:
+                    helpers.append(asyncio.create_task(_call(alongside)))
                 if await self._before(watched, self._all_ready()) and (
                     prepare is None or await self._before(watched, _call(prepare))
                 ):

@@ -34,6 +34,7 @@ from origin.store.sqlite import SchemaTooNew
 from origin.transfer import ImportStopped, import_threads
 from regions import doctor, local
 from regions.local import Plan
+from regions.members import add_unknown
 from regions.options import config_option, data_option, json_option
 
 SAMPLES_SECONDS_MAX: Final = 15.0
@@ -106,7 +107,7 @@ def _up(plan: Plan, *, samples: bool, as_json: bool) -> None:
             if new and samples:
                 await _import_samples(plan, loaded)
 
-        asyncio.run(cluster.run(prepare=prepare, announce=announce))
+        asyncio.run(cluster.run(alongside=lambda: add_unknown(plan, loaded), prepare=prepare, announce=announce))
         if not as_json:
             console.print(f"stopped; the data stays in {plan.folder.path}", markup=False)
 

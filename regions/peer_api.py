@@ -188,6 +188,7 @@ class PeerApi:
             "record": {
                 "epoch": self._topology.record.epoch,
                 "version": self._topology.record.version,
+                "first_group": self._topology.record.first_group,
                 "members": {member.name: member.role for member in self._topology.record.members},
             },
             "wire": WIRE,
