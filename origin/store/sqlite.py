@@ -379,11 +379,12 @@ def _prepare(connection: apsw.Connection, region: str, members: Sequence[str], n
             connection.executemany("INSERT INTO meta VALUES(?, ?)", list(meta.items()))
             connection.pragma("application_id", APPLICATION_ID)
             connection.pragma("user_version", SCHEMA_VERSION)
+        meta = {str(key): str(value) for key, value in connection.execute("SELECT key, value FROM meta")}
         known = {str(group) for (group,) in connection.execute("SELECT grp FROM groups")}
-        for member in members:
+        # Once there is a membership record, it says which groups there are, and not the settings.
+        for member in () if "record" in meta else members:
             if member not in known:
                 save_group(connection, founding(member, region))
-        meta = {str(key): str(value) for key, value in connection.execute("SELECT key, value FROM meta")}
         if meta["standing"] == "learner":
             connection.execute("UPDATE groups SET won = 0, candidate = '', candidate_incarnation = ''")
         connection.execute("COMMIT")
