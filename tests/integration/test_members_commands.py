@@ -33,7 +33,9 @@ def test_a_local_cluster_grows_and_shrinks_with_its_data(tmp_path: Path) -> None
         assert again.returncode == 1 and "is not a member" in again.stderr
         last = weft("regions", "remove", "two", "--data", str(data), check=False)
         assert last.returncode == 1 and "no other voter" in last.stderr
-        assert everything_at(cluster.edge("two"), cluster.token()) == before
+        after = everything_at(cluster.edge("two"), cluster.token())
+        assert {thread["origin_region"] for thread in after.values()} == {"two"}
+        assert after == {id_: thread | {"origin_region": "two"} for id_, thread in before.items()}
 
 
 def test_an_address_that_is_none_is_misuse_and_no_cluster_is_an_error(tmp_path: Path) -> None:
