@@ -339,7 +339,11 @@ def no_claims() -> Sequence[Any]:
 # ---------------------------------------------------------------- failing over
 
 
-@bug("A region that promised a higher epoch accepts nothing of a lower one.", MOVES)
+@bug(
+    "A region that promised a higher epoch accepts nothing of a lower one.",
+    ("promote", "reordering", "one_way"),
+    seeds_max=600,
+)
 def promises_do_not_fence() -> Sequence[Any]:
     real = memory.MemoryStore._apply
 
@@ -352,7 +356,7 @@ def promises_do_not_fence() -> Sequence[Any]:
     return [patch.object(memory.MemoryStore, "_apply", loose)]
 
 
-@bug("A candidate needs a majority's promises.", MOVES)
+@bug("A candidate needs a majority's promises.", ("partition", "promote", "one_way"), seeds_max=600)
 def elected_alone() -> Sequence[Any]:
     real = failover.Failover._collect
 
@@ -362,7 +366,7 @@ def elected_alone() -> Sequence[Any]:
     return [patch.object(failover.Failover, "_collect", alone)]
 
 
-@bug("The best log of a majority is adopted before it is served.", MOVES)
+@bug("The best log of a majority is adopted before it is served.", ("promote", "partition", "one_way"), seeds_max=600)
 def nothing_is_recovered() -> Sequence[Any]:
     real = groups.Cluster.win
     blind = lambda self, won: real(self, msgspec.structs.replace(won, recoveries=()))  # noqa: E731
