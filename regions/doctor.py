@@ -26,6 +26,7 @@ from infra.identity import IdentityKeyError, load_peer_key
 from infra.settings import Settings, SettingsError, host_port
 from origin.store.sqlite import SchemaTooNew, check_schema
 from regions.operator import SECONDS_MAX, Operated, Seen, look
+from regions.status import Group, groups_of
 from regions.topology import Topology, TopologyError
 
 Level = Literal["ok", "warning", "failed"]
@@ -78,6 +79,7 @@ async def examine(folder: DataFolder, config: Path | None, environ: Mapping[str,
     seen = await look(cluster)
     for each in seen:
         findings += _examine_region(each)
+    findings += [_examine_group(group) for group in groups_of(seen)]
     if config is None:
         findings += await _examine_tokens(folder, seen)
     return findings
@@ -190,6 +192,24 @@ def _examine_region(seen: Seen) -> Iterator[Finding]:
             yield Finding(f"clock {name}", level, detail, "synchronise the clocks (NTP)")
     if seen.status is not None:
         yield from _examine_replication(name, seen)
+        scrub = seen.status.scrub
+        if scrub.damaged:
+            detail = f"{scrub.damaged} damaged: {scrub.findings[0]}"
+            yield Finding(f"scrub {name}", "failed", detail, "`weft repair --scrub` has them all; restore the region")
+        elif scrub.last_error:
+            yield Finding(f"scrub {name}", "failed", scrub.last_error, f"see the log of {name}")
+
+
+def _examine_group(group: Group) -> Finding:
+    check, held = f"group {group.group}", f"held by {group.holder} in epoch {group.epoch}"
+    fix = f"if it does not come back: weft promote REGION --group {group.group}"
+    if group.held is None:
+        return Finding(check, "failed", f"{held}, which does not answer", fix)
+    if not group.held:
+        return Finding(check, "failed", f"{held}, which may not write: epoch {group.promised} is promised", fix)
+    if not group.lease:
+        return Finding(check, "failed", f"{held}, which hears no majority of the regions", "see what is out of reach")
+    return Finding(check, "ok", held)
 
 
 def _examine_replication(name: str, seen: Seen) -> Iterator[Finding]:

@@ -461,12 +461,16 @@ class Failover:
     async def _watch(self) -> None:
         while True:
             await self._clock.sleep(self._limits.check_s * self._rng.uniform(0.9, 1.1))
-            for group, row in sorted(self._log.groups.items()):
+            for group in sorted(self._log.groups):
                 if self._log.is_holder(group):
                     # Else whoever hands a group over would find it silent since ever, and ask for it back at once:
                     # before the new holder's first heartbeats are answered nobody could refuse.
                     self._seen[group] = max(self._seen.get(group, self._started), self._confirmed_at(group))
-                if not self.votes or self._log.is_holder(group) or not self._should_campaign(row):
+                    continue
+                # Read now and not before: a row from before a promise that was given meanwhile (the loop waits
+                # for other groups' votes) would say that this region holds the group, with a disk that does not.
+                row = self._log.groups[group]
+                if not self.votes or not self._should_campaign(row):
                     continue
                 try:
                     if self._is_deserted(row) or await self._pre_voted(row):
@@ -501,16 +505,28 @@ class Failover:
 
     async def _pre_voted(self, row: GroupRow) -> bool:
         message = PreVote(**self._envelope(), group=row.group, epoch=self._topology.next_epoch(row.promised))
-        answers = await asyncio.gather(
-            *(
+        asked = [
+            asyncio.create_task(
                 self._transport.call(
                     region, "/peer/pre-vote", message, PreVoteAnswer, seconds_max=self._limits.call_seconds_max / 2
                 )
-                for region in self._topology.voting_peers
-            ),
-            return_exceptions=True,
-        )
-        votes = 1 + sum(isinstance(answer, PreVoteAnswer) and answer.granted for answer in answers)
+            )
+            for region in self._topology.voting_peers
+        ]
+        votes = 1
+        try:
+            # Not all are waited for: the region that fell silent would only answer by its timeout.
+            for answer in asyncio.as_completed(asked):
+                try:
+                    votes += (await answer).granted
+                except (PeerUnreachable, PeerRefused, StoreError):
+                    continue
+                if votes >= self._topology.majority:
+                    break
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
         return votes >= self._topology.majority
 
     async def _wait_out_silence(self, row: GroupRow) -> None:

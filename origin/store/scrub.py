@@ -25,7 +25,7 @@ import msgspec
 
 from infra.clock import SYSTEM_CLOCK, Clock
 from origin import log
-from origin.store.base import Access
+from origin.store.base import MOVED, Access
 from origin.store.bodies import BodyDamaged, BodyFiles
 from origin.store.sqlite_rows import ENTRY_COLUMNS, KINDS, ROW_COLUMNS, SEQ_MASK, place, row_from
 from origin.thread import ZERO_HASH, Entry, Row, chain_hash, fold
@@ -378,7 +378,7 @@ def _feed(db: apsw.Connection, pace: Pace) -> Generator[Slice, None, None]:
             last = position
             if thread_id is None:
                 findings.append(Finding("feed", f"position {position} names thread number {n}, which is not there"))
-            elif not 1 <= first_seq <= last_seq + 1:  # a log that was only cut short has no new entries
+            elif first_seq != MOVED and not 1 <= first_seq <= last_seq + 1:
                 detail = f"position {position} spans entries {first_seq} to {last_seq}"
                 findings.append(Finding("feed", detail, thread_id))
         more = len(found) == pace.entries

@@ -7,9 +7,10 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from origin.store.base import Freshness, OutcomeUnknown, ThreadNotFound, Unavailable
+from origin.store.base import Freshness, GroupRow, OutcomeUnknown, ThreadNotFound, Unavailable
 from regions.coordinator import CoordinatorLimits
 from regions.failover import PromotionFailed
 from regions.peer_wire import PreVote, PreVoteAnswer
@@ -176,6 +177,50 @@ async def test_who_hands_a_group_over_does_not_ask_for_it_back(tmp_path: Path) -
         new.won.append(won)
         await new.promote(HOME, graceful=True)
         assert [(await vote).granted for vote in votes] == [False]
+
+
+async def test_a_promise_given_while_other_groups_are_voted_on_does_not_look_like_a_lost_disk(tmp_path: Path) -> None:
+    """A holder that came back from a pause took its group from the new holder, without asking for votes."""
+    cluster = Cluster(tmp_path)
+    limits = cluster[HOME].limits
+    automatic = msgspec.structs.replace(limits.failover, mode="auto")
+    cluster[HOME].limits = msgspec.structs.replace(limits, failover=automatic)
+    async with cluster:
+        failover = cluster[HOME].node.failover
+        votes, go_on = asyncio.Queue[str](), asyncio.Event()
+
+        async def vote(row: GroupRow) -> bool:
+            votes.put_nowait(row.group)
+            await go_on.wait()
+            return False
+
+        failover._pre_voted = vote  # type: ignore[method-assign]
+        await cluster[THIRD].close()
+        async with asyncio.timeout(15):
+            assert await votes.get() == THIRD < HOME
+            row = await cluster[OTHER].node.failover.promote(HOME)
+            go_on.set()
+            assert await votes.get() == THIRD
+        assert cluster[HOME].store.groups[HOME] == row
+        await cluster[THIRD].open()
+
+
+async def test_votes_of_a_majority_are_enough_while_the_silent_holder_has_yet_to_time_out(cluster: Cluster) -> None:
+    answers = asyncio.Event()
+
+    async def silent(_: PreVote) -> PreVoteAnswer:
+        await answers.wait()
+        return PreVoteAnswer(granted=True)
+
+    async def grants(_: PreVote) -> PreVoteAnswer:
+        return PreVoteAnswer(granted=True)
+
+    cluster[HOME].service.handlers["/peer/pre-vote"] = (PreVote, silent)
+    cluster[THIRD].service.handlers["/peer/pre-vote"] = (PreVote, grants)
+    calls = cluster.network.calls
+    async with asyncio.timeout(cluster[OTHER].limits.failover.call_seconds_max / 4):  # a time-out takes half of it
+        assert await cluster[OTHER].node.failover._pre_voted(cluster[OTHER].store.groups[HOME])
+    assert calls[OTHER, HOME, "/peer/pre-vote"] == calls[OTHER, THIRD, "/peer/pre-vote"] == 1
 
 
 async def _true(value: bool) -> bool:
