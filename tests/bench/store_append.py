@@ -162,7 +162,7 @@ def _fresh(folder: Path) -> Path:
 _INSERTS: Final = {
     "entries": "INSERT INTO entries(pos, epoch, kind, id, meta, body, digest, hash) VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
     "search": "INSERT OR REPLACE INTO search(rowid, scope, text) VALUES(?, ?, ?)",
-    "threads": f"INSERT INTO threads(n, {ROW_COLUMNS}, held, hidden, shared) VALUES({', '.join('?' * 25)}) "
+    "threads": f"INSERT INTO threads(n, {ROW_COLUMNS}, held, hidden, shared, bucket) VALUES({', '.join('?' * 26)}) "
     "ON CONFLICT(n) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in [*ROW_COLUMNS.split(", ")[1:], "held", "hidden", "shared"]),
     "changes": "INSERT INTO changes VALUES(?, ?, ?, ?)",
@@ -219,11 +219,12 @@ class _Rows:
             touched[write.thread_id] = (n, first, plan.row, first_seq)
         changed: set[tuple[str, int]] = set()
         for thread_id, (n, before, row, first_seq) in touched.items():
-            batch["threads"].append((n, *sqlite_rows.row_values(row), None, 0, 0))
+            digest_bucket = log.bucket_of(thread_id)
+            batch["threads"].append((n, *sqlite_rows.row_values(row), None, 0, 0, digest_bucket))
             self._position += 1
             batch["changes"].append((self._position, n, first_seq, row.v))
             batch["outbox"] += [(target, n, row.v, before.v if before else 0, at_us) for target in REGIONS[1:]]
-            bucket = (row.group, log.bucket_of(thread_id))
+            bucket = (row.group, digest_bucket)
             self._digests[bucket] = self._digests.get(bucket, 0) ^ log.row_digest(before) ^ log.row_digest(row)
             changed.add(bucket)
         batch["buckets"] = [(*bucket, _signed(self._digests[bucket])) for bucket in changed]
