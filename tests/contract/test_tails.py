@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from origin.store.base import (
+    MOVED,
     AdoptGroup,
     Applied,
     Disown,
@@ -217,7 +218,7 @@ async def test_search_listing_feed_and_pages_follow_the_cut(open_engine: OpenEng
     assert row == await new.row(T)
     assert (row.title, row.archived, row.message_count) == ("plain", False, 3)
     [told] = await old.changes(position, 9)
-    assert (told.thread_id, told.first_seq, told.last_seq, told.version) == (T, 4, 5, Version(2, 5))
+    assert (told.thread_id, told.first_seq, told.last_seq, told.version) == (T, MOVED, 5, Version(2, 5))
     page = await old.read(T, RED)
     assert [seq for seq, _ in page.messages] == [2, 3, 5]
     with pytest.raises(Moved) as caught:
