@@ -339,21 +339,11 @@ def no_claims() -> Sequence[Any]:
 # ---------------------------------------------------------------- failing over
 
 
-@bug(
-    "A region that promised a higher epoch accepts nothing of a lower one.",
-    ("promote", "reordering", "one_way"),
-    seeds_max=600,
-)
-def promises_do_not_fence() -> Sequence[Any]:
-    real = memory.MemoryStore._apply
-
-    def loose(self: Any, operation: base.ApplyDelta) -> Any:
-        row = self.groups.get(operation.group)
-        if row is not None and row.promised > operation.epoch:
-            operation = msgspec.structs.replace(operation, epoch=row.promised, ordered=False)
-        return real(self, operation)
-
-    return [patch.object(memory.MemoryStore, "_apply", loose)]
+@bug("A holder that was replaced steps down.", MOVES)
+def a_replaced_holder_goes_on() -> Sequence[Any]:
+    real = groups.adopt
+    deaf = lambda state, newer: None if state is not None and state.won else real(state, newer)  # noqa: E731
+    return [patch.object(groups, "adopt", deaf)]
 
 
 @bug("A candidate needs a majority's promises.", ("partition", "promote", "one_way"), seeds_max=600)

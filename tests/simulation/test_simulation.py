@@ -36,7 +36,7 @@ def test_nothing_acknowledged_is_lost_or_doubled(first: int) -> None:
     report = Report()
     judge(report, run_all(range(first, first + 10), 1))
     assert report.operations >= 600
-    assert report.counts["write ok"] > 100, "the schedules acknowledged too little to mean anything"
+    assert report.counts["write ok"] > 60, "the schedules acknowledged too little to mean anything"
 
 
 @pytest.mark.full

@@ -214,13 +214,19 @@ class Client:
         requests = self.history.of(thread_id)
         if any(request.deletes for request in requests) and self.rng.random() < 0.7:
             return False
-        return any(request.creates and request.actor == self.actor for request in requests) or (
+        made = [request for request in requests if request.creates and request.acked]
+        return any(request.actor == self.actor for request in made) or (
             self.actor.team is not None
-            and any(request.visibility == "team" and request.actor.team == self.actor.team for request in requests)
+            and any(request.actor.team == self.actor.team for request in made)
+            and any(request.visibility == "team" for request in requests)
         )
 
     def own_thread(self) -> str:
-        own = [it for it in self.world.threads if any(r.creates and r.actor == self.actor for r in self.history.of(it))]
+        own = [
+            thread_id
+            for thread_id in self.world.threads
+            if any(it.creates and it.acked and it.actor == self.actor for it in self.history.of(thread_id))
+        ]
         return self.rng.choice(own or self.world.threads)
 
     def request(

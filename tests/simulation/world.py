@@ -222,6 +222,7 @@ class World:
         self._winners: dict[tuple[str, int], str] = {}
         self._served: dict[tuple[str, int], str] = {}
         self._epochs: dict[str, int] = {}
+        self._contested: set[str] = set()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -256,6 +257,8 @@ class World:
             if known is not None and (row.epoch < known.epoch or row.promised < known.promised):
                 self.violation(f"epochs go back: {region.name} had {known}, has {row}")
             self._epochs[name] = max(row.epoch, self._epochs.get(name, 0))
+            if row.promised > 1:
+                self._contested.add(name)
             winner = self._winners.setdefault((name, row.epoch), row.holder)
             if winner != row.holder:
                 self.violation(f"two holders of epoch {row.epoch} of {name}: {winner} and {row.holder}")
@@ -277,6 +280,10 @@ class World:
     def moved(self, group: str) -> bool:
         """True when the group has had more than one holder's epoch."""
         return self.epoch(group) > 1
+
+    def contested(self, group: str) -> bool:
+        """True when anybody has promised the group to another than its first holder, won or not."""
+        return group in self._contested
 
     def destroy(self, region: str, backup_at: float) -> None:
         """Take note of what only this disk holds before it is gone."""
