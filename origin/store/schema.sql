@@ -119,3 +119,6 @@ CREATE TABLE access_holds(thread_id TEXT PRIMARY KEY, access BLOB NOT NULL) WITH
 -- rowid = entries.pos of a message, or n << 24 for the title. `scope` holds a token of the owner and one
 -- of the team, so that a search costs what the caller's own threads cost, not what everyone's do.
 CREATE VIRTUAL TABLE search USING fts5(scope, text, content='', contentless_delete=1, tokenize='unicode61 remove_diacritics 2');
+-- Each batch leaves a segment of the index. Merged by sixteens instead of fours, every word is rewritten half as often.
+INSERT INTO search(search, rank) VALUES('automerge', 16);
+INSERT INTO search(search, rank) VALUES('crisismerge', 64);

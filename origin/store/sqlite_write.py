@@ -29,7 +29,9 @@ from origin.thread import ZERO_HASH, CreateBody, Entry, Row, fold
 CACHED_ROWS: Final = 4_096
 
 _logger = logging.getLogger(__name__)
-_UPDATES: Final = ", ".join(f"{name} = excluded.{name}" for name in ROW_COLUMNS.split(", ")[1:])
+_UPDATES: Final = ", ".join(
+    f"{name} = excluded.{name}" for name in ROW_COLUMNS.split(", ") if name not in ("id", "grp")
+)
 _UPSERT_ROW: Final = (
     f"INSERT INTO threads(n, {ROW_COLUMNS}, held, hidden, shared, bucket) VALUES({', '.join('?' * 26)}) "
     f"ON CONFLICT(n) DO UPDATE SET {_UPDATES}, held = excluded.held, hidden = excluded.hidden, "
@@ -75,6 +77,8 @@ class SqliteWriter:
         self._now_us = now_us
         self._rows: OrderedDict[str, tuple[int, Row]] = OrderedDict()
         self._touched: dict[str, _Touched] = {}
+        self._digests: dict[tuple[str, int], int] = {}
+        """Of the buckets looked up so far, as this transaction leaves them; only this writer changes them."""
         self._holds: dict[str, Access] = {}
         self._next_n = 1
         self._position = 0
@@ -112,6 +116,7 @@ class SqliteWriter:
             self.committed = self._cluster.view()
         except BaseException:
             self._touched.clear()
+            self._digests.clear()
             self._rows.clear()
             self.changes = []
             if not self._db.get_autocommit():
@@ -452,8 +457,12 @@ class SqliteWriter:
 
     def _change_digest(self, group: str, bucket: int, change: int) -> None:
         # SQLite has no XOR and signed integers: read, change and write within the transaction.
-        found = self._db.execute("SELECT digest FROM buckets WHERE grp = ? AND bucket = ?", (group, bucket)).fetchone()
-        digest = (cast(int, found[0]) & (1 << 64) - 1 if found else 0) ^ change
+        digest = self._digests.get((group, bucket))
+        if digest is None:
+            query = "SELECT digest FROM buckets WHERE grp = ? AND bucket = ?"
+            found = self._db.execute(query, (group, bucket)).fetchone()
+            digest = cast(int, found[0]) & (1 << 64) - 1 if found else 0
+        self._digests[group, bucket] = digest = digest ^ change
         signed = digest - (1 << 64) if digest >> 63 else digest
         self._db.execute("INSERT OR REPLACE INTO buckets VALUES(?, ?, ?)", (group, bucket, signed))
 
