@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
 
 import msgspec
 from aiohttp import web
@@ -33,6 +34,9 @@ from regions.peer_client import HttpPeers
 from regions.replication_target import ReplicationLimits
 from regions.scrubbing import Scrubbing
 from regions.topology import Topology
+
+MEETING_S: Final = 2.0
+"""So long after its start a region waits for the others that a majority needs, before it is ready all the same."""
 
 
 class Region(msgspec.Struct):
@@ -92,10 +96,15 @@ async def open_region(
             pool_statistics=store.pool_statistics,
         )
 
+        began = clock.monotonic()
+
         async def joined() -> str | None:
             if store.standing != "voter":
                 return f"has yet to join its cluster: {node.joining.reason}"
-            return None if topology.votes else "does not vote in its cluster: a learner, or removed"
+            if not topology.votes:
+                return "does not vote in its cluster: a learner, or removed"
+            alone = len(node.replicator.counting()) < topology.majority - 1
+            return "meets the other regions" if alone and clock.monotonic() < began + MEETING_S else None
 
         lifecycle.add_check("joined", joined)
         yield Region(store, node, peers, peer_api, scrubbing, verifier)

@@ -173,7 +173,7 @@ class Coordinator:
         assert delta is not None
         return ForwardAnswer(
             written=msgspec.structs.replace(written, entries=()),
-            stands_for=tuple(entry.seq for entry in written.entries),
+            stands_for=tuple((entry.seq, entry.hash) for entry in written.entries),
             group=self._log.groups[group],
             delta=delta,
         )
@@ -271,6 +271,7 @@ class Coordinator:
                 written.version.v,
                 enough=lambda confirmed: confirmed >= reachable,
                 seconds_max=self._limits.pending_wait_s,
+                voters_only=False,
             ),
             self._edges.dropped(written.position),
         )
@@ -397,17 +398,24 @@ class Coordinator:
                     break
 
     async def _complete(self, answer: ForwardAnswer, thread_id: str) -> Written:
-        """The holder's outcome with the entries it stands for, which are here now."""
+        """The holder's outcome with the entries it stands for, which are here now.
+
+        OutcomeUnknown when they are not (this region promised the group to another, its disk is full): told that
+        all went well, the caller would not find in the next request what it wrote.
+        """
         carried = {entry.seq: entry for entry in answer.delta.entries}
         entries: list[Entry] = []
-        for seq in answer.stands_for:
+        for seq, digest in reversed(answer.stands_for):
             entry = carried.get(seq)
-            if entry is None:
+            if entry is None or not entries:
+                # The last one is looked up at any rate: the hash chain then speaks for those before it.
                 part = await self._log.slice(thread_id, seq - 1, bytes_max=1)
-                if part is None or not part.entries:
-                    continue
+                if part is None or not part.entries or part.entries[0].hash != digest:
+                    raise OutcomeUnknown(
+                        f"written, but not to be read in {self._topology.region} yet; retry with the same ids"
+                    )
                 entry = part.entries[0]
-            entries.append(entry)
+            entries.insert(0, entry)
         _, position = await self._log.feed_bounds()
         return msgspec.structs.replace(answer.written, entries=tuple(entries), position=position)
 

@@ -115,7 +115,8 @@ class ForwardAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """The outcome, without entries: they are in `delta` (behind have_v) or the sender has them already."""
 
     written: Written
-    stands_for: tuple[int, ...]
+    stands_for: tuple[tuple[int, bytes], ...]
+    """(seq, hash) of each entry that the outcome stands for."""
     group: GroupRow
     delta: LogSlice
 

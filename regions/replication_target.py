@@ -437,8 +437,7 @@ class Target:
             case Applied(v=v):
                 if v >= self.unflushed(delta.id):
                     self._acked[delta.id] = result
-                if self.counts:
-                    self._confirm(self.region, delta.id, v)
+                self._confirm(self.region, delta.id, v)
                 newer = self._dirty.get(delta.id)
                 if newer is None and v < dirty.want_v:
                     dirty.acked_v = v
@@ -567,8 +566,8 @@ class Target:
                 else:
                     _logger.warning("region %s is out of reach: %s", self.region, self._last_error)
             pause_s = self._limits.heartbeat_s
-            if self.heard is None:
-                # Until they have met, a peer counts as out of reach, and writes that need it are refused.
+            if self.heard is None or self.heard.standing != "voter":
+                # Until they have met, and know that it counts, writes that need it are refused.
                 pause_s = min(pause_s, FIRST_HEARTBEAT_S * 2 ** min(beat, 10))
             await self._clock.sleep(pause_s * self._rng.uniform(0.9, 1.1))
 

@@ -16,25 +16,25 @@ from origin.store import base
 from origin.store.base import ReplicaLog
 from origin.thread import Entry
 from regions.peer_client import PeerTransport
-from regions.replication_target import ReplicationLimits, Submit, Target, TargetStatistics
+from regions.replication_target import Heard, ReplicationLimits, Submit, Target, TargetStatistics
 from regions.topology import Topology
 
 
 class _Waiter:
     """Someone waits until enough targets hold a thread of the group up to `v`, or the group moves."""
 
-    def __init__(self, group: str, v: int, enough: Callable[[set[str]], bool]) -> None:
+    def __init__(self, group: str, v: int, enough: Callable[[frozenset[str]], bool], *, voters_only: bool) -> None:
         self.group = group
         self.v = v
         self.enough = enough
-        self.confirmed: set[str] = set()
+        self.voters_only = voters_only
+        self.held: set[str] = set()
+        """Who holds it, whether or not they count (yet)."""
         self.done = asyncio.Event()
 
-    def confirm(self, target: str, v: int) -> None:
+    def hold(self, target: str, v: int) -> None:
         if v >= self.v:
-            self.confirmed.add(target)
-            if self.enough(self.confirmed):
-                self.done.set()
+            self.held.add(target)
 
 
 class Replicator:
@@ -83,6 +83,7 @@ class Replicator:
             limits=self._limits,
             confirm=self._confirm,
         )
+        target.greeted.append(self._greeted)
         for tell in self._on_target:
             tell(target)
         return target
@@ -151,35 +152,51 @@ class Replicator:
         return frozenset(region for region in self.reachable() if self.targets[region].counts)
 
     async def confirmations(
-        self, group: str, thread_id: str, v: int, *, enough: Callable[[set[str]], bool], seconds_max: float
+        self,
+        group: str,
+        thread_id: str,
+        v: int,
+        *,
+        enough: Callable[[frozenset[str]], bool],
+        seconds_max: float,
+        voters_only: bool = True,
     ) -> frozenset[str]:
         """Wait until the targets that durably hold the thread up to `v` are `enough`, the time is up, or another
         epoch of its group begins (which is for the caller to see).
 
-        Returns those that do. Counts answers from before the call too, so that the retry of a write waits
-        for the durability that it asks for itself.
+        Returns those that do; only those that vote, unless all matter. Counts answers from before the call too, so
+        that the retry of a write waits for the durability that it asks for itself.
         """
-        waiter = _Waiter(group, v, enough)
+        waiter = _Waiter(group, v, enough, voters_only=voters_only)
         waiters = self._waiters.setdefault(thread_id, [])
         waiters.append(waiter)
         try:
             # Registered before the outbox is read: an answer between the two is seen by one of them.
             missing = await self._log.unconfirmed(thread_id)
             for region, target in self.targets.items():
-                if target.counts:
-                    held = v if region not in missing else max(missing[region], target.unflushed(thread_id))
-                    waiter.confirm(region, held)
-            if not enough(waiter.confirmed):
-                try:
-                    async with asyncio.timeout(seconds_max):
-                        await waiter.done.wait()
-                except TimeoutError:
-                    pass
-            return frozenset(waiter.confirmed)
+                waiter.hold(region, v if region not in missing else max(missing[region], target.unflushed(thread_id)))
+            self._check(waiter)
+            try:
+                async with asyncio.timeout(seconds_max):
+                    await waiter.done.wait()
+            except TimeoutError:
+                pass
+            return self._counted(waiter)
         finally:
             waiters.remove(waiter)
             if not waiters:
                 self._waiters.pop(thread_id, None)
+
+    def _counted(self, waiter: _Waiter) -> frozenset[str]:
+        return frozenset(
+            region
+            for region in waiter.held
+            if region in self.targets and (self.targets[region].counts or not waiter.voters_only)
+        )
+
+    def _check(self, waiter: _Waiter) -> None:
+        if waiter.enough(self._counted(waiter)):
+            waiter.done.set()
 
     async def settle(self, region: str, seconds_max: float) -> bool:
         """True when all that was committed before the call has been confirmed by `region` in time."""
@@ -195,7 +212,14 @@ class Replicator:
 
     def _confirm(self, target: str, thread_id: str, v: int) -> None:
         for waiter in self._waiters.get(thread_id, ()):
-            waiter.confirm(target, v)
+            waiter.hold(target, v)
+            self._check(waiter)
+
+    def _greeted(self, _: Heard) -> None:
+        """A peer may count from now on: what it confirmed before it was known to do so counts too."""
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                self._check(waiter)
 
 
 def statistics_json(
