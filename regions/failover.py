@@ -110,7 +110,9 @@ class Failover:
         """Group to when its holder was last heard to hold it."""
         self._unsettled: dict[str, tuple[int, float]] = {}
         """Group to the promise that no win followed, and since when."""
-        self._campaigns: SingleFlight[str, GroupRow] = SingleFlight()
+        self._campaigns: SingleFlight[tuple[str, bool], GroupRow] = SingleFlight()
+        self._forced: set[str] = set()
+        """Groups that an operator takes over without a majority just now."""
         self._recoveries: SingleFlight[str, None] = SingleFlight()
         self._tasks: list[asyncio.Task[None]] = []
         self._recover_now = asyncio.Event()
@@ -267,7 +269,12 @@ class Failover:
             return row
         if graceful:
             await self._ask_handover(row)
-        return await self._campaign(group, force=force, handed_over_by=row.holder if graceful else "")
+        if force:
+            self._forced.add(group)
+        try:
+            return await self._campaign(group, force=force, handed_over_by=row.holder if graceful else "")
+        finally:
+            self._forced.discard(group)
 
     async def _ask_handover(self, row: GroupRow) -> None:
         seconds_max = self._limits.call_seconds_max
@@ -280,12 +287,18 @@ class Failover:
             raise PromotionFailed(f"region {row.holder} does not hand group {row.group} over: {error}") from error
 
     async def _campaign(self, group: str, *, force: bool = False, handed_over_by: str = "") -> GroupRow:
-        return await self._campaigns.do(group, lambda: self._campaign_once_more(group, force, handed_over_by))
+        # A forced one must not end as the vain one for promises of a majority that may be under way.
+        return await self._campaigns.do((group, force), lambda: self._campaign_once_more(group, force, handed_over_by))
 
     async def _campaign_once_more(self, group: str, force: bool, handed_over_by: str) -> GroupRow:
         top = 0
         reason = ""
+        began = self._clock.monotonic()
         for _ in range(CAMPAIGN_ATTEMPTS):
+            if group in self._forced and not force:
+                raise PromotionFailed(f"group {group}: an operator takes it over")
+            if self._clock.monotonic() - began >= self._limits.call_seconds_max:
+                break  # whoever did not answer so long is out of reach, not outbid
             if not self.votes:
                 raise PromotionFailed(f"region {self._topology.region} does not vote in its cluster, or not yet")
             row = self._log.groups.get(group)

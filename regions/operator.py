@@ -192,7 +192,7 @@ class Operator:
 
     def __init__(self, cluster: Operated, *, clock: Clock = SYSTEM_CLOCK) -> None:
         key = load_peer_key(cluster.peer_key)
-        self._cluster = cluster
+        self.cluster = cluster
         self._signer = IdentitySigner(key, OPERATOR, clock)
         self._verifier = IdentityVerifier(key.public_key(), OPERATOR, clock)
         self._clock = clock
@@ -206,7 +206,7 @@ class Operator:
 
     async def look(self) -> list[Seen]:
         """How every region and its edge are."""
-        return list(await asyncio.gather(*(self._look(place) for place in self._cluster.places)))
+        return list(await asyncio.gather(*(self._look(place) for place in self.cluster.places)))
 
     async def get(self, place: Place, path: str, answer: type[Answer]) -> Answer:
         """Raises RegionFault, as the two below."""

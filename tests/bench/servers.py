@@ -83,12 +83,13 @@ async def regions(
     *,
     ports: Mapping[str, int] | None = None,
     through: Mapping[str, Mapping[str, str]] | None = None,
+    sync: str = "",
     ready: Callable[[Region], None] = lambda _: None,
 ) -> AsyncGenerator[list[Region]]:
     """`weft region` processes, one for each name, that know one another.
 
     `ports`: where they listen, free ones unless given. `through`: for some of them the URLs by which they reach
-    others instead of their own. `ready` is told of each that was started, before any has to be up.
+    others instead of their own. `sync` is added to their settings of that name. `ready` is told of each that was started, before any has to be up.
     """
     folder.mkdir(parents=True)
     key = write_peer_key(folder / "peer.key")
@@ -100,7 +101,7 @@ async def regions(
             urls = {other: f"http://127.0.0.1:{port}" for other, port in ports.items()}
             urls |= (through or {}).get(name, {})
             settings = folder / f"{name}.toml"
-            settings.write_text(_settings(name, ports[name], urls))
+            settings.write_text(_settings(name, ports[name], urls, sync))
             command = [*WEFT, "region", "--config", str(settings)]
             process = await stack.enter_async_context(_process(command, folder / f"{name}.log"))
             signer = IdentitySigner(key, f"edge:{name}", ttl_s=TOKEN_SECONDS)
@@ -180,9 +181,9 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
-def _settings(name: str, port: int, urls: Mapping[str, str]) -> str:
+def _settings(name: str, port: int, urls: Mapping[str, str], sync: str) -> str:
     peers = "".join(f'[regions.{other}]\nurl = "{url}"\n' for other, url in urls.items())
     return (
         f'region = "{name}"\n{peers}[server]\nlisten = "127.0.0.1:{port}"\n'
-        f'[store]\npath = "{name}"\n[sync]\npeer_key_file = "peer.key"\n'
+        f'[store]\npath = "{name}"\n[sync]\npeer_key_file = "peer.key"\n{sync}'
     )

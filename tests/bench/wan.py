@@ -23,14 +23,14 @@ ONE_WAY_S: Final = {frozenset((FIRST, NEAR)): NEAR_S, frozenset((FIRST, FAR)): F
 
 
 @asynccontextmanager
-async def distant_regions(folder: Path) -> AsyncGenerator[tuple[list[Region], LinkProxy]]:
+async def distant_regions(folder: Path, *, sync: str = "") -> AsyncGenerator[tuple[list[Region], LinkProxy]]:
     """Regions that are acquainted over links without faults, and the links, named "from>to"."""
     ports = dict(zip(REGIONS, free_ports(len(REGIONS)), strict=True))
     targets = {f"{a}>{b}": ("127.0.0.1", ports[b]) for a in REGIONS for b in REGIONS if a != b}
     with ExitStack() as stack:
         links = stack.enter_context(link_proxy(targets))
         through = {a: {b: f"http://127.0.0.1:{links.ports[f'{a}>{b}']}" for b in REGIONS if a != b} for a in REGIONS}
-        async with regions(folder, through=through, ports=ports) as started:
+        async with regions(folder, through=through, ports=ports, sync=sync) as started:
             yield started, links
 
 

@@ -241,6 +241,15 @@ def test_a_mistake_in_a_variable_is_blamed_on_the_variable(
     assert refused(path, {variable: value}).startswith(message)
 
 
+def test_a_silence_shorter_than_two_leases_is_refused_where_it_would_move_groups(write: Write) -> None:
+    text = '[sync]\nheartbeat_s = 2\nfailover_after_s = 11.9\nfailover = "{}"\n'
+    message = refused(write(text.format("auto")))
+    assert message.startswith("weft.toml: sync.failover_after_s is 11.9; allowed: at least 12")
+    assert "sync.heartbeat_s (2)" in message
+    assert load(write(text.format("auto")), {"WEFT_SYNC__FAILOVER_AFTER_S": "12"}).sync.failover_after_s == 12
+    assert load(write(text.format("manual")), {}).sync.failover_after_s == 11.9, "nobody is replaced by itself"
+
+
 def test_what_a_command_cannot_do_without_is_named(write: Write) -> None:
     assert refused(write(""), required=("region",)) == "weft.toml: region is required for this command"
     assert refused(write(""), required=("edge.origins",)) == "weft.toml: edge.origins is required for this command"

@@ -381,6 +381,65 @@ def test_a_running_cluster_is_backed_up_and_not_restored_into(cluster: RunningCl
     assert restored["threads"] == made["threads"] and restored["incarnation"] > made["incarnation"]
 
 
+def test_promote_refuses_what_makes_no_sense(plan: Plan) -> None:
+    both = ("eu-west", "--group", "us-east", "--graceful", "--force", "--data", plan.folder.path)
+    assert "exclude each other" in run(promote_command, *both, status=2).stderr
+    assert "--group" in run(promote_command, "eu-west", "--data", plan.folder.path, status=2).stderr
+    stopped = run(promote_command, "eu-west", "--group", "us-east", "--data", plan.folder.path, status=1)
+    assert "no cluster is running" in stopped.stderr
+    assert "no cluster is running" in run(repair_command, "--data", plan.folder.path, status=1).stderr
+
+
+def test_a_group_that_is_held_already_stays_where_it_is(cluster: RunningCluster) -> None:
+    data = ("--data", str(cluster.data))
+    done = weft("promote", "solo", "--group", "solo", *data)
+    assert done.stdout == "solo holds group solo already, in epoch 1\n"
+    steps = [json.loads(line)["step"] for line in (cluster.data / "audit.log").read_text().splitlines()]
+    assert steps == ["asked", "done"]
+    for arguments, said in (
+        (("mars", "--group", "solo"), "no region 'mars' in this cluster; there are solo"),
+        (("solo", "--group", "mars"), "no group 'mars' in this cluster; there are solo"),
+    ):
+        refused = weft("promote", *arguments, *data, check=False)
+        assert refused.returncode == 1 and said in refused.stderr
+
+
+def test_status_says_who_holds_what_and_what_failovers_left(cluster: RunningCluster) -> None:
+    [group] = cluster.status()["groups"]
+    assert group == {
+        "group": "solo", "holder": "solo", "epoch": 1, "held": True, "lease": True, "promised": 1, "behind": [],
+    }  # fmt: skip
+    lines = weft("status", "--data", str(cluster.data)).stdout.splitlines()
+    assert ["solo", "solo", "1", "yes", "-"] in [line.split() for line in lines]
+    kept = json.loads(weft("status", "--graveyard", "--data", str(cluster.data), "--json").stdout)
+    assert kept == {"regions": [{"name": "solo", "fault": None, "entries": []}]}
+    assert "empty graveyard" in weft("status", "--graveyard", "--data", str(cluster.data)).stdout
+
+
+def test_repair_finds_a_byte_that_turned_and_the_doctor_remembers(cluster: RunningCluster) -> None:
+    data = ("--data", str(cluster.data))
+    sound = json.loads(weft("repair", "--scrub", *data, "--json").stdout)["regions"][0]
+    assert sound["faults"] == {} and sound["scrub"]["findings"] == [] and sound["scrub"]["entries"] > 0
+    assert "all sound" in weft("repair", "--scrub", *data).stdout
+    with apsw.Connection(str(cluster.data / "regions" / "solo" / DATABASE)) as connection:
+        connection.set_busy_timeout(5_000)
+        pos, epoch = next(iter(connection.execute("SELECT max(pos), epoch FROM entries")))
+        connection.execute("UPDATE entries SET epoch = ? WHERE pos = ?", (7, pos))
+    try:
+        damaged = weft("repair", "--scrub", *data, check=False)
+        assert damaged.returncode == 1 and "damaged" in damaged.stderr
+        assert "its hash does not follow from its content" in damaged.stdout
+        report = json.loads(weft("doctor", *data, "--json", check=False).stdout)
+        scrubbed = next(it for it in report["findings"] if it["check"] == "scrub solo")
+        assert scrubbed["level"] == "failed" and "its hash does not follow" in scrubbed["detail"]
+    finally:
+        with apsw.Connection(str(cluster.data / "regions" / "solo" / DATABASE)) as connection:
+            connection.set_busy_timeout(5_000)
+            connection.execute("UPDATE entries SET epoch = ? WHERE pos = ?", (epoch, pos))
+    assert weft("repair", "--scrub", *data).returncode == 0
+    assert json.loads(weft("doctor", *data, "--json").stdout)["ok"]
+
+
 def test_a_killed_region_is_back_at_once(cluster: RunningCluster) -> None:
     before = cluster.kill("solo", "region")
     wait_until(lambda: cluster.pid("solo", "region") != before, seconds=10, what="a new process")

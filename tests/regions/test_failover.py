@@ -111,6 +111,17 @@ async def test_a_minority_can_not_take_over_unless_forced(cluster: Cluster) -> N
     await eventually(cluster.converged)
 
 
+async def test_a_forced_promotion_does_not_end_as_the_vain_one_under_way(cluster: Cluster) -> None:
+    cluster.network.isolate(OTHER)
+    failover = cluster[OTHER].node.failover
+    vain = asyncio.create_task(failover.promote(HOME))
+    await eventually(lambda: _true(cluster[OTHER].store.groups[HOME].promised > 1))
+    row = await failover.promote(HOME, force=True)
+    assert row.holder == OTHER and cluster[OTHER].store.is_holder(HOME)
+    with pytest.raises(PromotionFailed):
+        await vain
+
+
 async def test_a_holder_without_a_majority_answers_nothing_as_final(cluster: Cluster) -> None:
     thread_id = await made(cluster, "m1")
     origin = Freshness(consistency="origin")
