@@ -6,6 +6,7 @@ from typing import Final
 
 from tests.bench import (
     catch_up,
+    digest_exchange,
     http_append,
     importing,
     listing_scale,
@@ -27,5 +28,6 @@ CASES: Final[tuple[Case, ...]] = (
     wan_latency.QUORUM,
     wan_latency.VISIBLE,
     catch_up.CASE,
+    digest_exchange.CASE,
     importing.CASE,
 )
