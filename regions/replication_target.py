@@ -76,6 +76,8 @@ class Heard(msgspec.Struct, frozen=True):
     sent_at: float
     """When the heartbeat left, from which leases count: the peer answered later than that."""
     at: float
+    """When the peer last answered, be it this heartbeat or a delivery since: whom heartbeats are late to reach
+    because much is sent to it is not out of reach."""
     standing: base.Standing
     incarnation: str
     groups: dict[str, GroupRow]
@@ -415,6 +417,7 @@ class Target:
         if self.heard is None or answer.incarnation != self.heard.incarnation:
             raise PeerUnreachable(self.region, "it answers with another disk than it greeted with", sent=True)
         self._breaker.success()
+        self.heard = msgspec.structs.replace(self.heard, at=self._clock.monotonic())
         self._requests += 1
         self._entries += sum(len(delta.entries) for delta in threads)
         self._bytes += sum(len(entry.body) for delta in threads for entry in delta.entries)

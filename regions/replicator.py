@@ -144,7 +144,7 @@ class Replicator:
                 target.offer(written, new, traceparent)
 
     def reachable(self) -> frozenset[str]:
-        """Peers that answered a heartbeat lately."""
+        """Peers that answered lately."""
         return frozenset(region for region, target in self.targets.items() if target.reachable)
 
     def counting(self) -> frozenset[str]:

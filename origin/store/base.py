@@ -369,7 +369,7 @@ class Access(msgspec.Struct, frozen=True):
     entry: Entry
 
 
-class ThreadDelta(msgspec.Struct, frozen=True):
+class ThreadDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     """Entries base_v+1 … of one thread on their way to another region."""
 
     id: str

@@ -13,6 +13,7 @@ import asyncio
 import fcntl
 import os
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
@@ -43,6 +44,10 @@ READER_CACHE_KIB: Final = 16_384
 READER_MAP_BYTES: Final = 1 << 30
 """How much of the database readers see through the system's own page cache instead of copying pages."""
 CHECKPOINT_PAGES: Final = 4_000
+WARM_THREADS_MAX: Final = 1_024
+WARM_BYTES_MAX: Final = 262_144
+"""A page of a thread no larger than this, read before, is read on the event loop itself: from memory it takes less
+than handing it to another thread and back. Larger or seldom read ones never hold the loop up."""
 APPLICATION_ID: Final = 0x57454654  # "WEFT"
 
 
@@ -97,6 +102,7 @@ class SqliteStore:
         *,
         bodies: BodyFiles,
         writer: SqliteWriter,
+        warm: apsw.Connection,
         lock: int,
         reader_threads: int,
         clock: Clock,
@@ -105,6 +111,8 @@ class SqliteStore:
         self._readers = readers
         self._bodies = bodies
         self._writer = writer
+        self._warm = warm
+        self._warm_threads: OrderedDict[str, None] = OrderedDict()
         self._lock = lock
         self._clock = clock
         self._recent: Sequence[base.Change] = ()
@@ -143,6 +151,8 @@ class SqliteStore:
                 body_file_bytes=body_file_bytes,
                 now_us=lambda: int(clock.time() * 1_000_000),
             )
+            warm = _connect(folder, READER_CACHE_KIB, readonly=True)
+            warm.set_busy_timeout(0)
         except BaseException:
             os.close(lock)
             raise
@@ -170,6 +180,7 @@ class SqliteStore:
             pool,
             bodies=bodies,
             writer=writer,
+            warm=warm,
             lock=lock,
             reader_threads=readers,
             clock=clock,
@@ -239,7 +250,27 @@ class SqliteStore:
         limit: int = 1_000,
         freshness: Freshness = LOCAL,
     ) -> base.ThreadPage:
-        return await self._read(sqlite_read.read_thread, self._bodies, thread_id, actor, after, limit, freshness)
+        page: base.ThreadPage | None = None
+        if thread_id in self._warm_threads:
+            try:
+                page = sqlite_read.read_thread(self._warm, self._bodies, thread_id, actor, after, limit, freshness)
+            except (apsw.Error, BodyDamaged):
+                pass  # busy, or a failure that is a reader's to tell
+        if page is None:
+            page = await self._read(sqlite_read.read_thread, self._bodies, thread_id, actor, after, limit, freshness)
+        if after is None:
+            self._note_warm(thread_id, page)
+        return page
+
+    def _note_warm(self, thread_id: str, page: base.ThreadPage) -> None:
+        """Remember a thread that is small as a whole, and in memory now; forget one that has grown."""
+        if sum([len(body) for _, body in page.messages]) > WARM_BYTES_MAX:
+            self._warm_threads.pop(thread_id, None)
+        elif page.next_after is None or thread_id in self._warm_threads:
+            self._warm_threads[thread_id] = None
+            self._warm_threads.move_to_end(thread_id)
+            if len(self._warm_threads) > WARM_THREADS_MAX:
+                self._warm_threads.popitem(last=False)
 
     async def list(self, query: base.ListQuery) -> base.Listing:
         return check_position(await self._read(sqlite_read.list_threads, query), query, self.incarnation)
@@ -330,6 +361,8 @@ class SqliteStore:
     async def close(self) -> None:
         """Finish what runs, fold the write-ahead log into the database, release the folder."""
         await self._readers.close()
+        self._warm_threads.clear()
+        self._warm.close()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._write_thread, self._connection.close)
         self._write_thread.shutdown()

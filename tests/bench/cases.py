@@ -6,6 +6,7 @@ from typing import Final
 
 from tests.bench import (
     catch_up,
+    digest_exchange,
     failover,
     http_append,
     importing,
@@ -29,5 +30,6 @@ CASES: Final[tuple[Case, ...]] = (
     wan_latency.VISIBLE,
     catch_up.CASE,
     failover.CASE,
+    digest_exchange.CASE,
     importing.CASE,
 )

@@ -357,6 +357,35 @@ async def test_quorum_is_answered_when_a_majority_holds_it(cluster: Cluster) -> 
     assert (await cluster["eu-west"].store.row(thread_id)).v >= written.version.v  # type: ignore[union-attr]
 
 
+async def test_regions_that_take_what_is_sent_are_within_reach_though_heartbeats_are_late(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread_id = await make(cluster)
+    await eventually(cluster.converged)
+    call, lost = LocalTransport.call, list[str]()
+
+    async def late(self: LocalTransport, region: str, path: str, *arguments: Any, **more: Any) -> Any:
+        if path == "/peer/hello":
+            lost.append(region)
+            raise PeerUnreachable(region, "no answer in time", sent=True)
+        return await call(self, region, path, *arguments, **more)
+
+    monkeypatch.setattr(LocalTransport, "call", late)
+    us = cluster["us-east"]
+
+    async def write_and_look() -> frozenset[str]:
+        await us.coordinator.write(append(thread_id, message(str(uuid4()))))
+        return us.replicator.reachable()
+
+    while len(lost) < 6 * 10:  # each of three regions greets two: for ten heartbeats none is answered
+        await write_and_look()
+
+    async def in_reach() -> bool:
+        return await write_and_look() == {"eu-west", "ap-south"}
+
+    await eventually(in_reach)
+
+
 async def test_quorum_without_a_majority_in_sight_is_refused_and_nothing_is_written(cluster: Cluster) -> None:
     thread_id = await make(cluster)
     cluster.network.isolate("us-east")
