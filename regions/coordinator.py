@@ -289,7 +289,10 @@ class Coordinator:
                     raise Unavailable(f"no region of this cluster holds group {group!r}")
                 try:
                     if row.holder == self._topology.region:
-                        self._require_own_lease(group)
+                        # A new holder's first lease comes with its first answered heartbeats. What waits for other
+                        # regions anyway need not wait for those before: it is asked again before it is confirmed.
+                        if self._level(write) == "region" or not self._failover.won_lately(group):
+                            self._require_own_lease(group)
                         return await self.write_here(write)
                     if hops >= HOPS_MAX:
                         raise base.NotHolder(row)

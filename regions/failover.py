@@ -108,6 +108,8 @@ class Failover:
         """Group to when its holder's heartbeat was last answered here."""
         self._seen: dict[str, float] = {}
         """Group to when its holder was last heard to hold it."""
+        self._won_at: dict[str, float] = {}
+        """Group to when this process won it."""
         self._unsettled: dict[str, tuple[int, float]] = {}
         """Group to the promise that no win followed, and since when."""
         self._campaigns: SingleFlight[tuple[str, bool], GroupRow] = SingleFlight()
@@ -186,6 +188,11 @@ class Failover:
     def votes(self) -> bool:
         """Whether this region's promises count: its disk knows what it has to, and the record says so."""
         return self._log.standing == "voter" and self._topology.votes
+
+    def won_lately(self, group: str) -> bool:
+        """Whether this region won the group so short a time ago that its first lease may still be on its way."""
+        won_at = self._won_at.get(group)
+        return won_at is not None and self._clock.monotonic() < won_at + self._limits.lease_s
 
     @property
     def needs_lease(self) -> bool:
@@ -272,7 +279,9 @@ class Failover:
         if force:
             self._forced.add(group)
         try:
-            return await self._campaign(group, force=force, handed_over_by=row.holder if graceful else "")
+            return await self._campaign(
+                group, asked_for=True, force=force, handed_over_by=row.holder if graceful else ""
+            )
         finally:
             self._forced.discard(group)
 
@@ -286,11 +295,15 @@ class Failover:
         except (PeerUnreachable, PeerRefused, StoreError) as error:
             raise PromotionFailed(f"region {row.holder} does not hand group {row.group} over: {error}") from error
 
-    async def _campaign(self, group: str, *, force: bool = False, handed_over_by: str = "") -> GroupRow:
+    async def _campaign(
+        self, group: str, *, asked_for: bool = False, force: bool = False, handed_over_by: str = ""
+    ) -> GroupRow:
         # A forced one must not end as the vain one for promises of a majority that may be under way.
-        return await self._campaigns.do((group, force), lambda: self._campaign_once_more(group, force, handed_over_by))
+        return await self._campaigns.do(
+            (group, force), lambda: self._campaign_once_more(group, asked_for, force, handed_over_by)
+        )
 
-    async def _campaign_once_more(self, group: str, force: bool, handed_over_by: str) -> GroupRow:
+    async def _campaign_once_more(self, group: str, asked_for: bool, force: bool, handed_over_by: str) -> GroupRow:
         top = 0
         reason = ""
         began = self._clock.monotonic()
@@ -310,6 +323,9 @@ class Failover:
                 reason = str(error)
                 if error.row.epoch > (row.epoch if row is not None else 0):
                     await self._submit(base.AdoptGroup(error.row))
+                if not asked_for:
+                    # Whoever was promised more is about to win, and asking again would take the group from it.
+                    raise PromotionFailed(f"group {group}: {reason}") from error
             except (SourceLacks, PeerUnreachable, PeerRefused, StoreError) as error:
                 reason = str(error)
             await self._clock.sleep(self._rng.uniform(0.5, 1.5) * self._limits.check_s)
@@ -354,7 +370,7 @@ class Failover:
             "this region holds the group now",
             extra={"fields": {"group": group, "epoch": epoch, "recovering": len(win.recoveries)}},
         )
-        self._seen[group] = self._clock.monotonic()
+        self._seen[group] = self._won_at[group] = self._clock.monotonic()
         self._recover_now.set()
         for tell in self.won:
             tell(group)

@@ -46,7 +46,10 @@ async def contestants(context: Context) -> AsyncGenerator[Mapping[str, Runner]]:
     folder = context.work / "regions"
     async with distant_regions(folder, sync=SYNC) as (started, links):
         cluster = Operated(tuple(Place(it.name, it.url) for it in started), folder / "peer.key")
-        async with Operator(cluster) as operator, aiohttp.ClientSession() as session:
+        async with (
+            Operator(cluster) as operator,
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
+        ):
             [thread_id] = await started[0].create_threads(session, 1, 1)
             await started[0].drained(session)
             spread_out(links)

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from origin.store.base import Freshness, GroupRow, OutcomeUnknown, ThreadNotFound, Unavailable
+from origin.store.base import (
+    Freshness,
+    GroupRow,
+    Operation,
+    Outcome,
+    OutcomeUnknown,
+    ThreadNotFound,
+    Unavailable,
+    Write,
+)
 from regions.coordinator import CoordinatorLimits
-from regions.failover import PromotionFailed
-from regions.peer_wire import PreVote, PreVoteAnswer
+from regions.failover import Failover, PromotionFailed
+from regions.peer_wire import AskPromise, PreVote, PreVoteAnswer, PromiseAnswer
 from tests.support.builders import ANN, append, bodies, create, delete, message, messages
 from tests.support.cluster import REGIONS, Cluster, eventually
 
@@ -214,6 +223,48 @@ async def test_a_promise_given_while_other_groups_are_voted_on_does_not_look_lik
             assert await votes.get() == THIRD
         assert cluster[HOME].store.groups[HOME] == row
         await cluster[THIRD].open()
+
+
+async def test_a_new_holder_takes_quorum_writes_while_its_first_lease_is_on_its_way(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One round trip less without writes after a failover."""
+    thread_id = await made(cluster, "m1")
+    failover, coordinator = cluster[OTHER].node.failover, cluster[OTHER].coordinator
+    await failover.promote(HOME)
+    monkeypatch.setattr(Failover, "needs_lease", True)
+    failover._limits = msgspec.structs.replace(failover._limits, lease_s=30.0)
+    leased = asyncio.Event()  # it comes when a write is committed here, not before
+    failover.has_lease = lambda group: leased.is_set()  # type: ignore[method-assign]
+    with pytest.raises(Unavailable):
+        await coordinator.write(append(thread_id, message("region")))
+
+    def committed(operations: Sequence[Operation], _: Sequence[Outcome]) -> None:
+        if any(isinstance(operation, Write) for operation in operations):
+            leased.set()
+
+    cluster[OTHER].writer.on_commit.append(committed)
+    await coordinator.write(append(thread_id, message("q"), durability="quorum"))
+    assert await ids_at(cluster, OTHER, thread_id) == ["m1", "q"]
+
+
+async def test_who_is_outbid_does_not_take_the_group_from_the_winner(cluster: Cluster) -> None:
+    """Two that saw the same silence took it from each other, and from the old holder when it was back."""
+    asked: list[int] = []
+
+    async def outbid(message: AskPromise) -> PromiseAnswer:
+        asked.append(message.epoch)
+        row = GroupRow(HOME, 1, HOME, message.epoch + 1)
+        return PromiseAnswer(granted=False, row=row, incarnation=cluster[THIRD].store.incarnation)
+
+    async def silent(message: AskPromise) -> PromiseAnswer:
+        raise Unavailable("does not promise now")
+
+    cluster[HOME].service.handlers["/peer/promise"] = (AskPromise, silent)
+    cluster[THIRD].service.handlers["/peer/promise"] = (AskPromise, outbid)
+    with pytest.raises(PromotionFailed):
+        await cluster[OTHER].node.failover._campaign(HOME)
+    assert len(asked) == 1
 
 
 async def test_votes_of_a_majority_are_enough_while_the_silent_holder_has_yet_to_time_out(cluster: Cluster) -> None:
