@@ -108,6 +108,8 @@ class Failover:
         """Group to when its holder's heartbeat was last answered here."""
         self._seen: dict[str, float] = {}
         """Group to when its holder was last heard to hold it."""
+        self._outbid_by: dict[str, int] = {}
+        """Group to the highest epoch that a voter here refused us for."""
         self._won_at: dict[str, float] = {}
         """Group to when this process won it."""
         self._unsettled: dict[str, tuple[int, float]] = {}
@@ -304,7 +306,7 @@ class Failover:
         )
 
     async def _campaign_once_more(self, group: str, asked_for: bool, force: bool, handed_over_by: str) -> GroupRow:
-        top = 0
+        top = self._outbid_by.get(group, 0)
         reason = ""
         began = self._clock.monotonic()
         for _ in range(CAMPAIGN_ATTEMPTS):
@@ -319,7 +321,8 @@ class Failover:
             try:
                 return await self._run(group, epoch, force, handed_over_by)
             except _Outbid as error:
-                top = max(top, error.row.promised)
+                # Remembered: whoever was promised so much may never have won, and the next try has to be above it.
+                top = self._outbid_by[group] = max(top, error.row.promised)
                 reason = str(error)
                 if error.row.epoch > (row.epoch if row is not None else 0):
                     await self._submit(base.AdoptGroup(error.row))
