@@ -36,7 +36,7 @@ test: install
 	$(BIN)/python -m pytest -m "not full" -q $(ARGS)
 
 test-full: install
-	$(BIN)/python -m pytest -m full -q $(ARGS)
+	$(BIN)/python -m pytest -m full -q --durations=15 $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

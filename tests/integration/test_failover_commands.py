@@ -91,6 +91,7 @@ def automatic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyCluste
         yield cluster
 
 
+@pytest.mark.full
 async def test_a_silent_holder_is_replaced_fenced_and_its_tail_comes_back(automatic: FaultyCluster) -> None:
     cluster = automatic
     async with user(cluster) as session:
@@ -161,6 +162,7 @@ async def _is(client: Client, region: str, thread_id: str, ids: list[str]) -> bo
     return await client.ids(region, thread_id) == ids
 
 
+@pytest.mark.full
 async def test_a_graceful_promotion_under_load_fails_no_write(automatic: FaultyCluster) -> None:
     cluster = automatic
     async with user(cluster) as session:

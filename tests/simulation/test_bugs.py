@@ -26,7 +26,7 @@ def test_there_are_enough_planted_bugs() -> None:
     assert len({bug.rule for bug in BUGS.values()}) == len(BUGS)
 
 
-@pytest.mark.parametrize("name", ["no_dedupe", "claims_at_region", "absent_is_denied", "epochs_are_not_unique"])
+@pytest.mark.parametrize("name", ["no_dedupe", "claims_at_region"])
 def test_easy_bugs_are_found_at_once(name: str) -> None:
     found = hunt(BUGS[name])
     assert found is not None and found[0] <= 20
