@@ -78,6 +78,13 @@ _SAYS_NOTHING_OF_EARLIER_TRIES: Final = (base.ThreadExists, base.StoreBusy, base
 _logger = logging.getLogger(__name__)
 
 
+class _Part(msgspec.Struct, frozen=True):
+    """Some of a thread's log as another region has it, and the group's row there."""
+
+    slice: LogSlice
+    group: GroupRow
+
+
 class _Overtaken(OutcomeUnknown):
     """The group moved while others were asked to confirm a write."""
 
@@ -342,6 +349,7 @@ class Coordinator:
             config_version=self._topology.number,
             region=self._topology.region,
             incarnation=self._log.incarnation,
+            attempt="",
             write=write,
             have_v=row.v if row is not None else 0,
             hops=hops,
@@ -354,7 +362,7 @@ class Coordinator:
                 return await self._transport.call(
                     group.holder,
                     "/peer/write",
-                    message,
+                    msgspec.structs.replace(message, attempt=f"{self._rng.getrandbits(64):016x}"),
                     ForwardAnswer,
                     seconds_max=self._limits.write_seconds_max + 1.0,
                 )
@@ -395,10 +403,13 @@ class Coordinator:
         return written
 
     async def _apply_answer(self, answer: ForwardAnswer, source: str) -> None:
-        if await self._apply(answer.delta, answer.group, source):
-            while (row := await self._log.row(answer.delta.row.id)) is not None and (row.v < answer.written.version.v):
-                if not await self._fetch_once(row.id, source, row.v):
-                    break
+        applied = await self._apply(answer.delta, answer.group, source)
+        while applied:
+            row = await self._log.row(answer.delta.row.id)
+            if row is None or row.v >= answer.written.version.v:
+                return
+            part = await self._fetch_once(row.id, source, row.v)
+            applied = await self._apply(part.slice, part.group, source)
 
     async def _complete(self, answer: ForwardAnswer, thread_id: str) -> Written:
         """The holder's outcome with the entries it stands for, which are here now.
@@ -610,11 +621,21 @@ class Coordinator:
     async def _fetch_from(self, thread_id: str, region: str, *, final_for: str = "") -> None:
         while True:
             row = await self._log.row(thread_id)
-            if not await self._fetch_once(thread_id, region, row.v if row is not None else 0, final_for):
-                return
+            part = await self._fetch_once(thread_id, region, row.v if row is not None else 0, final_for)
+            applied = await self._apply(part.slice, part.group, region)
+            if not applied or part.slice.entries[-1].seq >= part.slice.row.v:
+                break
+        if final_for and not await self._is_here(part.slice.row):
+            # A thread that can't be applied here (parked, another log) must not pass for what its holder has.
+            raise Unavailable(f"what region {region} has of the thread can't be applied here")
 
-    async def _fetch_once(self, thread_id: str, region: str, after: int, final_for: str = "") -> bool:
-        """Fetch and apply one part behind `after`; True when there is more to fetch."""
+    async def _is_here(self, theirs: Row) -> bool:
+        """Whether the log here reaches that row, by the hash of its last entry."""
+        ours = await self._log.slice(theirs.id, theirs.v, bytes_max=1)
+        return ours is not None and ours.base_v == theirs.v and ours.base_hash == theirs.head_hash
+
+    async def _fetch_once(self, thread_id: str, region: str, after: int, final_for: str = "") -> _Part:
+        """One part of a thread behind `after`, as a region has it. ThreadNotFound when it has not."""
         message = Fetch(
             config_version=self._topology.number,
             region=self._topology.region,
@@ -627,9 +648,7 @@ class Coordinator:
         answer = await self._transport.call(region, "/peer/fetch", message, FetchAnswer, seconds_max=FETCH_SECONDS_MAX)
         if answer.slice is None or answer.group is None:
             raise ThreadNotFound(thread_id)
-        part = answer.slice
-        applied = await self._apply(part, answer.group, region)
-        return applied and bool(part.entries) and part.entries[-1].seq < part.row.v
+        return _Part(answer.slice, answer.group)
 
     async def _apply(self, part: LogSlice, group: GroupRow, source: str) -> bool:
         """Apply fetched entries through the replicate road; False when they do not fit here.

@@ -6,8 +6,10 @@ the same code. Who may call is the carrier's business; what a message means is h
 
 from __future__ import annotations
 
+import asyncio
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -57,6 +59,8 @@ from regions.repair import Repair
 from regions.replicator import Replicator
 from regions.topology import Topology
 
+ATTEMPTS_KEPT_MAX: Final = 4_096
+
 Handler = Callable[[Any], Awaitable[msgspec.Struct]]
 
 
@@ -86,6 +90,8 @@ class PeerService:
         self._repair = repair
         self._feed = feed
         self._edges = edges
+        self._attempts: OrderedDict[tuple[str, str], asyncio.Task[ForwardAnswer]] = OrderedDict()
+        """Forwarded writes under way, and those that were refused lately."""
         answers: dict[str, tuple[type[Envelope], Handler]] = {
             "/peer/replicate": (Replicate, self._replicate),
             "/peer/write": (ForwardWrite, self._write),
@@ -197,8 +203,22 @@ class PeerService:
         )
 
     async def _write(self, message: ForwardWrite) -> ForwardAnswer:
+        """Carry out an attempt; one that comes again gets what became of it. What was written is recognised by its
+        ids, but an attempt that was refused would, repeated by a proxy, be written after its caller was told so."""
         self._require_joined()
-        return await self._coordinator.forwarded(message)
+        key = (message.region, message.attempt)
+        running = self._attempts.get(key)
+        if running is None:
+            running = asyncio.create_task(self._coordinator.forwarded(message))
+            self._attempts[key] = running
+            running.add_done_callback(lambda task: self._attempted(key, task))
+            while len(self._attempts) > ATTEMPTS_KEPT_MAX:
+                self._attempts.popitem(last=False)
+        return await asyncio.shield(running)
+
+    def _attempted(self, key: tuple[str, str], task: asyncio.Task[ForwardAnswer]) -> None:
+        if task.cancelled() or task.exception() is None:
+            self._attempts.pop(key, None)
 
     async def _fetch(self, message: Fetch) -> FetchAnswer:
         """What is here of a thread; where it is to be final, only as its group's sure holder."""

@@ -104,8 +104,10 @@ class ReplicateAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ForwardWrite(Envelope, frozen=True, kw_only=True):
-    """A write on its way to the holder. `have_v`: how much of the thread the sender holds."""
+    """A write on its way to the holder. `have_v`: how much of the thread the sender holds. `attempt`: its own for
+    each time it is sent, so that one that a proxy repeats after it was refused is not carried out all the same."""
 
+    attempt: str
     write: Write
     have_v: int
     hops: int
