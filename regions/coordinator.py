@@ -614,7 +614,9 @@ class Coordinator:
                 return
 
     async def _fetch_once(self, thread_id: str, region: str, after: int, final_for: str = "") -> bool:
-        """Fetch and apply one part behind `after`; True when there is more to fetch."""
+        """Fetch and apply one part behind `after`; True when there is more to fetch. Unavailable when what is to be
+        final can't be had here: entries that don't fit, for this region promised the group to another or its own
+        log went apart, leave a copy here that says nothing of what the holder has."""
         message = Fetch(
             config_version=self._topology.number,
             region=self._topology.region,
@@ -629,7 +631,12 @@ class Coordinator:
             raise ThreadNotFound(thread_id)
         part = answer.slice
         applied = await self._apply(part, answer.group, region)
-        return applied and bool(part.entries) and part.entries[-1].seq < part.row.v
+        more = applied and bool(part.entries) and part.entries[-1].seq < part.row.v
+        if final_for and not more:
+            here = await self._log.slice(thread_id, part.row.v, bytes_max=1)
+            if here is None or (here.base_v, here.base_hash) != (part.row.v, part.row.head_hash):
+                raise Unavailable(f"what region {region} has of the thread can't be applied here now")
+        return more
 
     async def _apply(self, part: LogSlice, group: GroupRow, source: str) -> bool:
         """Apply fetched entries through the replicate road; False when they do not fit here.

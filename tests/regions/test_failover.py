@@ -16,6 +16,7 @@ from origin.store.base import (
     Operation,
     Outcome,
     OutcomeUnknown,
+    Promise,
     ThreadNotFound,
     Unavailable,
     Write,
@@ -305,3 +306,16 @@ async def test_a_restarted_holder_goes_on_and_a_fenced_one_does_not(cluster: Clu
 
     await eventually(has_all)
     assert not cluster[HOME].store.is_holder(HOME)
+
+
+async def test_consistency_origin_does_not_serve_a_copy_that_the_holders_entries_can_not_reach(
+    cluster: Cluster,
+) -> None:
+    """A region that promised the group to a candidate takes nothing of the holder's any more, which may still have
+    its lease: what it has here is not the holder's last word."""
+    thread_id = await made(cluster, "m1")
+    epoch = cluster[THIRD].node.topology.next_epoch(1)
+    await cluster[OTHER].writer.submit(Promise(HOME, epoch, THIRD, cluster[THIRD].store.incarnation))
+    await cluster[HOME].coordinator.write(append(thread_id, message("m2")))
+    with pytest.raises(Unavailable):
+        await cluster[OTHER].coordinator.read(thread_id, ANN, freshness=Freshness(consistency="origin"))
