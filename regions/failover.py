@@ -502,9 +502,9 @@ class Failover:
                 # Read now and not before: a row from before a promise that was given meanwhile (the loop waits
                 # for other groups' votes) would say that this region holds the group, with a disk that does not.
                 row = self._log.groups[group]
-                if not self.votes or not self._should_campaign(row):
-                    continue
                 try:
+                    if not self.votes or not self._should_campaign(row):
+                        continue
                     if self._is_deserted(row) or await self._pre_voted(row):
                         await self._wait_out_silence(row)
                         await self._campaign(group)
@@ -514,6 +514,9 @@ class Failover:
                     await self._clock.sleep(self._rng.uniform(0.0, 2.0) * self._limits.check_s)
                 except StoreError as error:
                     _logger.warning("failover has to wait: %s", error)
+                except Exception:
+                    # What nobody foresaw must not end the watch for good; so it is in the other workers.
+                    _logger.exception("failover failed oddly", extra={"fields": {"group": group}})
 
     def _should_campaign(self, row: GroupRow) -> bool:
         return self._is_deserted(row) or (

@@ -266,6 +266,9 @@ class Membership:
 
     async def _let_vote(self, name: str) -> None:
         target = self._replicator.targets.get(name)
+            except Exception as error:
+                self.waits_for = f"region {name} does not vote yet: {type(error).__name__}: {error}"
+                _logger.exception("letting region %s vote failed oddly", name)
         if target is None or target.heard is None or not target.reachable:
             raise ChangeRefused("it does not answer")
         if target.heard.standing != "voter":

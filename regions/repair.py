@@ -163,6 +163,9 @@ class Repair:
                 timer.cancel()
                 waiter.cancel()
                 await asyncio.gather(timer, waiter, return_exceptions=True)
+                except Exception:
+                    failed = True
+                    _logger.exception("a comparison with region %s failed oddly", peer)
             wake.clear()
 
     async def compare(self, group: str, peer: str, *, at_once: bool = False) -> Compared:

@@ -305,6 +305,10 @@ class Target:
                 # The store could not be read now; the sweep comes back to it.
                 self._last_error = str(error)
                 self._more = True
+            except Exception as error:
+                self._last_error = f"{type(error).__name__}: {error}"
+                self._more = True
+                _logger.exception("replicating to %s failed oddly", self.region)
 
     async def _send_what_waits(self) -> None:
         while self._has_room():
@@ -557,7 +561,11 @@ class Target:
         told: bool | None = None
         began = self._clock.monotonic()
         for beat in itertools.count():
-            await self.greet()
+            try:
+                await self.greet()
+            except Exception as error:
+                self._last_error = f"{type(error).__name__}: {error}"
+                _logger.exception("a heartbeat to %s failed oddly", self.region)
             # Regions that start together come up one after the other: that alone is no news.
             silent_s = self._clock.monotonic() - began
             if self.reachable != told and (

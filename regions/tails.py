@@ -75,6 +75,9 @@ class Tails:
                 await self.submit_all()
             except StoreError as error:
                 self.last_error = str(error)
+            except Exception as error:
+                self.last_error = f"{type(error).__name__}: {error}"
+                _logger.exception("submitting again failed oddly")
 
     async def submit_all(self) -> None:
         """One round over what is saved and held."""
