@@ -187,13 +187,14 @@ class Membership:
         if self._log.unrecovered:
             return SettledAnswer(held=(), reason=f"{len(self._log.unrecovered)} threads are being recovered")
         held = tuple(sorted(group for group in self._log.groups if self._log.is_holder(group)))
-        results = await asyncio.gather(
-            *(self._replicator.settle(region, message.seconds_max) for region in self._topology.voting_peers)
-        )
+        # In this order: what a comparison finds is owed, and so waited for.
+        asked = [region for region in self._topology.voting_peers if self._repair.is_caught_up(region)]
+        results = await asyncio.gather(*(self._replicator.settle(region, message.seconds_max) for region in asked))
+        if message.config_version != self._topology.number:
+            return SettledAnswer(held=(), reason="the membership record changed meanwhile")
         have = 1 + sum(
-            done and self._replicator.targets[region].counts and self._repair.is_caught_up(region)
-            for region, done in zip(self._topology.voting_peers, results, strict=True)
-            if region in self._replicator.targets
+            done and region in self._replicator.targets and self._replicator.targets[region].counts
+            for region, done in zip(asked, results, strict=True)
         )
         if have < self._topology.majority:
             return SettledAnswer(held=(), reason=f"{have} of {self._topology.majority} regions have what it holds")
@@ -273,7 +274,8 @@ class Membership:
             raise ChangeRefused("it does not answer")
         if target.heard.standing != "voter":
             raise ChangeRefused("it is learning what the cluster knows")
-        if not await self._replicator.settle(name, SETTLE_S) or not self._repair.is_caught_up(name):
+        # In this order: what a comparison finds is owed, and so waited for.
+        if not self._repair.is_caught_up(name) or not await self._replicator.settle(name, SETTLE_S):
             raise ChangeRefused("it has yet to get everything")
         await self._require_changeable()
         await self._change(

@@ -159,3 +159,30 @@ async def test_the_record_survives_a_restart_of_everybody(cluster: Cluster) -> N
         await cluster[region].restart()
     for region in (*REGIONS, FOURTH):
         assert cluster[region].node.topology.voters == (*REGIONS, FOURTH)
+
+
+async def test_a_region_that_comes_back_with_its_disk_votes_only_once_it_has_what_it_missed(cluster: Cluster) -> None:
+    """While it was no member nothing was owed to it: its empty outbox says nothing of what it holds."""
+    thread_id = cluster[HOME].mint.thread_id()
+    await cluster[HOME].coordinator.write(create(thread_id, messages=[message("m1")]))
+    await eventually(cluster.converged)
+    await cluster[OTHER].node.failover.promote(THIRD, graceful=True)
+    await _retried(lambda: cluster[HOME].node.membership.remove(THIRD))
+    await cluster[HOME].coordinator.write(append(thread_id, message("m2"), durability="quorum"))
+    row = await cluster[HOME].store.row(thread_id)
+    assert row is not None
+    await _retried(lambda: cluster[HOME].node.membership.add(THIRD, f"http://{THIRD}"))
+    await eventually(lambda: _is(THIRD in cluster[HOME].node.topology.voters), seconds=30)
+    theirs = await cluster[THIRD].store.row(thread_id)
+    assert theirs is not None and theirs.head_hash == row.head_hash
+
+
+async def test_after_a_restart_each_region_is_compared_with_by_one_worker(cluster: Cluster) -> None:
+    """Two would be each other's second look: a difference counts when it is seen twice, a while apart."""
+    before = _workers("repair with ")
+    await cluster[HOME].restart()
+    assert _workers("repair with ") == before == len(REGIONS) * (len(REGIONS) - 1)
+
+
+def _workers(prefix: str) -> int:
+    return sum(task.get_name().startswith(prefix) for task in asyncio.all_tasks())
