@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import pytest
 
+from origin.ids import marks_of
 from origin.store.base import StoreError, Unavailable
 from regions.coordinator import CoordinatorLimits
 from regions.membership import ChangeRefused
+from regions.topology import TopologyError
 from tests.support.builders import ANN, append, bodies, create, message
 from tests.support.cluster import REGIONS, Cluster, eventually
 
@@ -186,3 +188,41 @@ async def test_after_a_restart_each_region_is_compared_with_by_one_worker(cluste
 
 def _workers(prefix: str) -> int:
     return sum(task.get_name().startswith(prefix) for task in asyncio.all_tasks())
+
+
+async def test_a_holder_that_is_replaced_while_it_settles_a_change_makes_none(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it and its successor would each make a record of the same number."""
+    old, new = cluster[HOME].node.membership, cluster[OTHER].node.membership
+    settled = old._require_settled  # pyright: ignore[reportPrivateUsage]
+
+    async def taken_over() -> None:
+        await settled()
+        await cluster[OTHER].node.failover.promote(HOME)
+        await new._require_changeable()  # pyright: ignore[reportPrivateUsage]
+        record = cluster[OTHER].node.topology.record
+        await eventually(lambda: _is(cluster[HOME].node.topology.record == record))
+
+    monkeypatch.setattr(old, "_require_settled", taken_over)
+    with pytest.raises(ChangeRefused):
+        await old.add(FOURTH, f"http://{FOURTH}")
+    assert cluster[HOME].node.topology.record == cluster[OTHER].node.topology.record
+
+
+async def test_a_region_whose_mark_is_another_ones_is_refused_before_anything_is_kept(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that no region can follow would stop each at its next start."""
+
+    def alike(regions: Iterable[str]) -> dict[int, str]:
+        names = tuple(regions)
+        if FOURTH in names:
+            raise ValueError("they share a mark")
+        return marks_of(names)
+
+    monkeypatch.setattr("regions.topology.marks_of_names", alike)
+    kept = cluster[HOME].store.record
+    with pytest.raises(TopologyError):
+        await cluster[HOME].node.membership.add(FOURTH, f"http://{FOURTH}")
+    assert cluster[HOME].store.record == kept
