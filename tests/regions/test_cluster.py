@@ -30,9 +30,10 @@ from origin.store.base import (
     Version,
     Written,
 )
-from origin.thread import Row
+from origin.thread import ClaimBody, Row
 from regions.coordinator import CoordinatorLimits
 from regions.peer_client import PeerUnreachable
+from regions.peer_wire import Claim
 from tests.support.builders import ANN, BOB, append, bodies, change, create, delete, message, patch, upsert, user
 from tests.support.cluster import REGIONS, Cluster, LocalTransport, eventually
 
@@ -672,3 +673,15 @@ async def test_a_thread_that_can_not_be_read_here_does_not_hold_up_the_others(
 
 async def _told_of(cluster: Cluster, fault: str) -> bool:
     return fault in ((await cluster["us-east"].store.backlog("eu-west")).last_error or "")
+
+
+async def test_an_id_of_a_region_that_the_asker_does_not_know_yet_is_neither_denied_nor_claimed(
+    cluster: Cluster,
+) -> None:
+    """Whoever lags behind the membership record takes the id of a new region's thread for one that nobody minted."""
+    thread_id = cluster["eu-west"].mint.thread_id()
+    claims = cluster["us-east"].coordinator.claims
+    with pytest.raises(Unavailable):
+        await claims.find(thread_id)
+    with pytest.raises(Unavailable):
+        await claims.claim_here([Claim(thread_id, ClaimBody("ap-south", ANN.issuer, ANN.subject))])
