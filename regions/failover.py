@@ -10,6 +10,7 @@ section 5, which is Raft's (Ongaro's thesis) with one term for a group of logs.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import logging
 import math
 import random
@@ -600,10 +601,15 @@ class Failover:
         raise Unavailable(f"the newest log of the thread can't be had now: {'; '.join(reasons)}")
 
     async def _recover_all(self) -> None:
+        last = ""
         while True:
             await self._recover_now.wait()
             self._recover_now.clear()
-            waiting = sorted(self._log.unrecovered)[:RECOVERIES_AT_ONCE]
+            ids = sorted(self._log.unrecovered)
+            # On from where the last round ended: threads whose source is away would else keep the others waiting.
+            start = bisect.bisect_right(ids, last)
+            waiting = (ids[start:] + ids[:start])[:RECOVERIES_AT_ONCE]
+            last = waiting[-1] if waiting else ""
             results = await asyncio.gather(*(self.recover(thread_id) for thread_id in waiting), return_exceptions=True)
             for result in results:
                 if isinstance(result, Exception) and not isinstance(result, StoreError):
