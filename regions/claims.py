@@ -92,6 +92,7 @@ class Claims:
             return msgspec.json.decode(known.body, type=ClaimBody)
         holder = self._holder()
         if holder == self._topology.region:
+            self._require_unminted(thread_id)
             # A new holder may have yet to adopt this one; and it may not be the holder any more.
             await self._recover(claims_thread(thread_id))
             known = await self._log.find(claims_thread(thread_id), thread_id)
@@ -118,6 +119,7 @@ class Claims:
         """As the holder of the first group: append what is new, at level quorum, and say what stands."""
         threads: dict[str, list[Claim]] = {}
         for claim in claims:
+            self._require_unminted(claim.thread_id)
             threads.setdefault(claims_thread(claim.thread_id), []).append(claim)
         group = self._topology.claims_group
         creation = Draft("create", "weft:create", _creation(group))
@@ -138,6 +140,14 @@ class Claims:
                 if entry.kind == "claim":
                     standing[entry.id] = msgspec.json.decode(entry.body, type=ClaimBody)
         return [standing[claim.thread_id] for claim in claims]
+
+    def _require_unminted(self, thread_id: str) -> None:
+        """Raise Unavailable for an id that a region minted which the asking one has yet to hear of: the record here
+        is the newest, that one's may lag behind. To deny such a thread, or to let it be created in another group
+        too, would be wrong for good."""
+        minted = self._topology.minted_by(thread_id)
+        if minted is not None:
+            raise Unavailable(f"the id is of region {minted}, which is known everywhere soon")
 
     def _holder(self) -> str:
         return self._log.groups[self._topology.claims_group].holder

@@ -10,6 +10,7 @@ section 5, which is Raft's (Ongaro's thesis) with one term for a group of logs.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import logging
 import math
 import random
@@ -502,9 +503,9 @@ class Failover:
                 # Read now and not before: a row from before a promise that was given meanwhile (the loop waits
                 # for other groups' votes) would say that this region holds the group, with a disk that does not.
                 row = self._log.groups[group]
-                if not self.votes or not self._should_campaign(row):
-                    continue
                 try:
+                    if not self.votes or not self._should_campaign(row):
+                        continue
                     if self._is_deserted(row) or await self._pre_voted(row):
                         await self._wait_out_silence(row)
                         await self._campaign(group)
@@ -514,6 +515,9 @@ class Failover:
                     await self._clock.sleep(self._rng.uniform(0.0, 2.0) * self._limits.check_s)
                 except StoreError as error:
                     _logger.warning("failover has to wait: %s", error)
+                except Exception:
+                    # What nobody foresaw must not end the watch for good; so it is in the other workers.
+                    _logger.exception("failover failed oddly", extra={"fields": {"group": group}})
 
     def _should_campaign(self, row: GroupRow) -> bool:
         return self._is_deserted(row) or (
@@ -597,10 +601,15 @@ class Failover:
         raise Unavailable(f"the newest log of the thread can't be had now: {'; '.join(reasons)}")
 
     async def _recover_all(self) -> None:
+        last = ""
         while True:
             await self._recover_now.wait()
             self._recover_now.clear()
-            waiting = sorted(self._log.unrecovered)[:RECOVERIES_AT_ONCE]
+            ids = sorted(self._log.unrecovered)
+            # On from where the last round ended: threads whose source is away would else keep the others waiting.
+            start = bisect.bisect_right(ids, last)
+            waiting = (ids[start:] + ids[:start])[:RECOVERIES_AT_ONCE]
+            last = waiting[-1] if waiting else ""
             results = await asyncio.gather(*(self.recover(thread_id) for thread_id in waiting), return_exceptions=True)
             for result in results:
                 if isinstance(result, Exception) and not isinstance(result, StoreError):

@@ -89,6 +89,9 @@ class Joining:
                 await self._rejoin()
         except (PeerUnreachable, PeerRefused, StoreError, SourceLacks) as error:
             self.reason = str(error)
+        except Exception as error:
+            self.reason = f"{type(error).__name__}: {error}"
+            _logger.exception("joining failed oddly")
         return self._log.standing == "voter"
 
     # ------------------------------------------------------------ founding

@@ -26,7 +26,7 @@ from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import Acknowledged, AskSettled, SettledAnswer, TakeRecord
 from regions.repair import Repair
 from regions.replicator import Replicator
-from regions.topology import Topology
+from regions.topology import Topology, marks_of
 
 CHECK_S: Final = 0.5
 SETTLE_S: Final = 5.0
@@ -113,22 +113,22 @@ class Membership:
     async def add(self, name: str, url: str) -> Record:
         """Make `name` a learner; it votes by itself once it has everything. Raises ChangeRefused."""
         async with self._changing:
-            await self._require_changeable()
-            known = self._find(name)
+            before = await self._require_changeable()
+            known = _find(before, name)
             if known is not None and known.role != "removed":
                 raise ChangeRefused(f"region {name} is a member already ({known.role})")
-            members = self._topology.record.members
+            members = before.members
             if known is not None:
                 changed = tuple(_with(it, role="learner", url=url) if it.name == name else it for it in members)
             else:
                 changed = (*members, Member(name, len(members), url, "learner"))
-            return await self._change(changed)
+            return await self._change(before, changed)
 
     async def remove(self, name: str) -> Record:
         """Take `name` out; it may hold no group any more. Raises ChangeRefused."""
         async with self._changing:
-            await self._require_changeable()
-            known = self._find(name)
+            before = await self._require_changeable()
+            known = _find(before, name)
             if known is None or known.role == "removed":
                 raise ChangeRefused(f"region {name} is not a member")
             held = sorted(row.group for row in self._log.groups.values() if row.holder == name)
@@ -137,14 +137,11 @@ class Membership:
             if known.role == "voter" and len(self._topology.voters) == 1:
                 raise ChangeRefused("the last region can't be removed")
             return await self._change(
-                tuple(_with(it, role="removed") if it.name == name else it for it in self._topology.record.members)
+                before, tuple(_with(it, role="removed") if it.name == name else it for it in before.members)
             )
 
-    def _find(self, name: str) -> Member | None:
-        return next((member for member in self._topology.record.members if member.name == name), None)
-
-    async def _require_changeable(self) -> None:
-        """This region may change the record, and the present one is settled everywhere."""
+    async def _require_changeable(self) -> Record:
+        """The record that this region may change: the present one, settled everywhere."""
         first = self._topology.claims_group
         row = self._log.groups[first]
         if not self._log.is_holder(first):
@@ -154,10 +151,12 @@ class Membership:
         record = self._topology.record
         if record.epoch != row.epoch:
             # A new holder can't know whether its predecessor's last change counted: it makes it count, unchanged.
-            await self._commit(Record(row.epoch, record.version + 1, record.first_group, record.members), record)
+            before, record = record, Record(row.epoch, record.version + 1, record.first_group, record.members)
+            await self._commit(record, before)
         elif self._confirmed != record.order:
             await self._spread(record, record)
         await self._require_settled()
+        return record
 
     async def _require_settled(self) -> None:
         holders = sorted({row.holder for row in self._log.groups.values()})
@@ -187,27 +186,31 @@ class Membership:
         if self._log.unrecovered:
             return SettledAnswer(held=(), reason=f"{len(self._log.unrecovered)} threads are being recovered")
         held = tuple(sorted(group for group in self._log.groups if self._log.is_holder(group)))
-        results = await asyncio.gather(
-            *(self._replicator.settle(region, message.seconds_max) for region in self._topology.voting_peers)
-        )
+        # In this order: what a comparison finds is owed, and so waited for.
+        asked = [region for region in self._topology.voting_peers if self._repair.is_caught_up(region)]
+        results = await asyncio.gather(*(self._replicator.settle(region, message.seconds_max) for region in asked))
+        if message.config_version != self._topology.number:
+            return SettledAnswer(held=(), reason="the membership record changed meanwhile")
         have = 1 + sum(
-            done and self._replicator.targets[region].counts and self._repair.is_caught_up(region)
-            for region, done in zip(self._topology.voting_peers, results, strict=True)
-            if region in self._replicator.targets
+            done and region in self._replicator.targets and self._replicator.targets[region].counts
+            for region, done in zip(asked, results, strict=True)
         )
         if have < self._topology.majority:
             return SettledAnswer(held=(), reason=f"{have} of {self._topology.majority} regions have what it holds")
         return SettledAnswer(held=held)
 
-    async def _change(self, members: tuple[Member, ...]) -> Record:
-        before = self._topology.record
+    async def _change(self, before: Record, members: tuple[Member, ...]) -> Record:
         record = Record(before.epoch, before.version + 1, before.first_group, members)
         await self._commit(record, before)
         return record
 
     async def _commit(self, record: Record, before: Record) -> None:
-        if record.epoch != self._log.groups[record.first_group].epoch:
+        """Make `record` the one after `before`. TopologyError, with nothing kept, when no region could follow it."""
+        if self._topology.record != before or not self._log.is_holder(record.first_group):
+            # While the one before was settled another region took the first group over. Its record may be known here
+            # already, and be of its epoch: one made on top of it here would have the number of the next it makes.
             raise ChangeRefused("another region took the first group over")
+        marks_of(record)
         await self._submit(base.Configure(record))
         self._topology.adopt(record)
         await self._follow()
@@ -263,6 +266,9 @@ class Membership:
                 self.waits_for = ""
             except (ChangeRefused, PeerUnreachable, PeerRefused, StoreError) as error:
                 self.waits_for = f"region {name} does not vote yet: {error}"
+            except Exception as error:
+                self.waits_for = f"region {name} does not vote yet: {type(error).__name__}: {error}"
+                _logger.exception("letting region %s vote failed oddly", name)
 
     async def _let_vote(self, name: str) -> None:
         target = self._replicator.targets.get(name)
@@ -270,12 +276,11 @@ class Membership:
             raise ChangeRefused("it does not answer")
         if target.heard.standing != "voter":
             raise ChangeRefused("it is learning what the cluster knows")
-        if not await self._replicator.settle(name, SETTLE_S) or not self._repair.is_caught_up(name):
+        # In this order: what a comparison finds is owed, and so waited for.
+        if not self._repair.is_caught_up(name) or not await self._replicator.settle(name, SETTLE_S):
             raise ChangeRefused("it has yet to get everything")
-        await self._require_changeable()
-        await self._change(
-            tuple(_with(it, role="voter") if it.name == name else it for it in self._topology.record.members)
-        )
+        before = await self._require_changeable()
+        await self._change(before, tuple(_with(it, role="voter") if it.name == name else it for it in before.members))
 
     def _envelope(self) -> dict[str, Any]:
         return {
@@ -283,6 +288,10 @@ class Membership:
             "region": self._topology.region,
             "incarnation": self._log.incarnation,
         }
+
+
+def _find(record: Record, name: str) -> Member | None:
+    return next((member for member in record.members if member.name == name), None)
 
 
 def _with(member: Member, **changes: Any) -> Member:

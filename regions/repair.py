@@ -94,28 +94,37 @@ class Repair:
         """(peer, group) to the (epoch, peer's incarnation) of the first comparison that was carried through."""
         self._suspects: dict[tuple[str, str], frozenset[str]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._running = False
         self._wake: dict[str, asyncio.Event] = {}
         self._done = asyncio.Event()
         self._comparisons = self._offered = self._disowned = self._damaged = 0
         replicator.on_target(self._meet)
 
     def _meet(self, target: Target) -> None:
+        """A peer begins to be replicated to: now, or again after it was no member. What was written meanwhile was
+        never owed to it, so that nothing may be concluded from comparisons of before."""
         peer = target.region
-        self._wake[peer] = asyncio.Event()
+        self._wake.setdefault(peer, asyncio.Event())  # a worker may be waiting for it
+        for group in [group for known, group in self._compared if known == peer]:
+            del self._compared[peer, group]
         target.greeted.append(lambda heard: self._greeted(peer, heard))
 
     async def start(self) -> None:
-        for peer in self._topology.peers:
-            self._tasks[peer] = asyncio.create_task(self._run(peer), name=f"repair with {peer}")
+        self._running = True
+        await self.follow_record()
 
     async def close(self) -> None:
+        self._running = False
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._tasks = {}
 
     async def follow_record(self) -> None:
-        """Compare with whom the membership record names now."""
+        """Compare with whom the membership record names now. Before the start nobody is: a worker that the start
+        did not know of would be doubled by it, and each of the two be the other's second look."""
+        if not self._running:
+            return
         gone = [self._tasks.pop(peer) for peer in sorted(self._tasks.keys() - set(self._topology.peers))]
         for task in gone:
             task.cancel()
@@ -154,6 +163,9 @@ class Repair:
                 except (PeerUnreachable, PeerRefused, StoreError) as error:
                     failed = True
                     _logger.info("region %s could not be compared with: %s", peer, error)
+                except Exception:
+                    failed = True
+                    _logger.exception("a comparison with region %s failed oddly", peer)
             pause = (FIRST_RETRY_S if failed else self._every_s) * self._rng.uniform(0.75, 1.0)
             timer = asyncio.create_task(self._clock.sleep(pause))
             waiter = asyncio.create_task(wake.wait())

@@ -305,6 +305,10 @@ class Target:
                 # The store could not be read now; the sweep comes back to it.
                 self._last_error = str(error)
                 self._more = True
+            except Exception as error:
+                self._last_error = f"{type(error).__name__}: {error}"
+                self._more = True
+                _logger.exception("replicating to %s failed oddly", self.region)
 
     async def _send_what_waits(self) -> None:
         while self._has_room():
@@ -349,8 +353,15 @@ class Target:
         current_trace.set(parse_trace(trace))
         try:
             deltas: dict[str, list[ThreadDelta]] = {}
-            for thread_id, dirty in batch.items():
-                delta = await self._delta(thread_id, dirty)
+            for thread_id, dirty in list(batch.items()):
+                try:
+                    delta = await self._delta(thread_id, dirty)
+                except base.StoreFailed as error:
+                    # It may be damaged here for good: put back with the rest, it would keep them from ever leaving.
+                    await self._postpone(thread_id, dirty, str(error), parked=False)
+                    del batch[thread_id]
+                    self._flying.discard(thread_id)
+                    continue
                 if delta is not None:
                     deltas.setdefault(dirty.group, []).append(delta)
             for group, threads in deltas.items():
@@ -458,7 +469,7 @@ class Target:
                 # A newer epoch is promised there: who won it, if anybody did, comes with the next greeting.
                 self._look_again_soon(FENCED_PAUSE_S)
             case Gap() | Refused() | Diverged() | Fault():
-                await self._postpone(delta, dirty, result)
+                await self._refused(delta, dirty, result)
 
     async def _last_common(self, thread_id: str, points: tuple[tuple[int, bytes], ...]) -> int:
         """The highest of the target's places that our log has too: from there on the logs may differ."""
@@ -468,7 +479,7 @@ class Target:
                 return seq
         return 0
 
-    async def _postpone(self, delta: ThreadDelta, dirty: _Dirty, result: Gap | Refused | Diverged | Fault) -> None:
+    async def _refused(self, delta: ThreadDelta, dirty: _Dirty, result: Gap | Refused | Diverged | Fault) -> None:
         """A thread the target would not take: tried again later and later, then parked."""
         match result:
             case Refused(reason=reason):
@@ -479,17 +490,21 @@ class Target:
                 error = f"asked to go back to {have_v}, where the delta began"
             case Fault(name=name, detail=detail):
                 error = f"{name}: {detail}".rstrip(": ")
-        dirty.attempts += 1
         parked = isinstance(result, Diverged) or (
-            not isinstance(result, Fault) and dirty.attempts >= ATTEMPTS_BEFORE_PARKING
+            not isinstance(result, Fault) and dirty.attempts + 1 >= ATTEMPTS_BEFORE_PARKING
         )
+        await self._postpone(delta.id, dirty, error, parked=parked)
+
+    async def _postpone(self, thread_id: str, dirty: _Dirty, error: str, *, parked: bool) -> None:
+        """Leave a thread to a later time, or to whoever unparks it."""
+        dirty.attempts += 1
         delay = min(30.0, 0.1 * 2 ** min(dirty.attempts, 10)) * self._rng.uniform(0.5, 1.0)
         _logger.warning(
-            "region %s would not take a thread",
+            "region %s can't be given a thread",
             self.region,
-            extra={"fields": {"thread": delta.id, "error": error, "parked": parked}},
+            extra={"fields": {"thread": thread_id, "error": error, "parked": parked}},
         )
-        await self._submit(base.Postpone(self.region, delta.id, error, self._clock.time() + delay, parked))
+        await self._submit(base.Postpone(self.region, thread_id, error, self._clock.time() + delay, parked))
         if not parked:
             self._look_again_soon(delay)
 
@@ -557,7 +572,11 @@ class Target:
         told: bool | None = None
         began = self._clock.monotonic()
         for beat in itertools.count():
-            await self.greet()
+            try:
+                await self.greet()
+            except Exception as error:
+                self._last_error = f"{type(error).__name__}: {error}"
+                _logger.exception("a heartbeat to %s failed oddly", self.region)
             # Regions that start together come up one after the other: that alone is no news.
             silent_s = self._clock.monotonic() - began
             if self.reachable != told and (

@@ -200,7 +200,8 @@ class Replicator:
 
     async def settle(self, region: str, seconds_max: float) -> bool:
         """True when all that was committed before the call has been confirmed by `region` in time."""
-        return await self.targets[region].settle(seconds_max)
+        target = self.targets.get(region)  # none yet, or no more, while a membership record begins to be followed
+        return target is not None and await target.settle(seconds_max)
 
     def look_again(self) -> None:
         """Read the outbox again: something else than a write put rows there."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from infra.clock import Clock
@@ -24,6 +24,8 @@ from regions.peer_wire import SubmitAgain, SubmitAgainAnswer
 from regions.topology import Topology
 
 ENTRIES_AT_ONCE: Final = 200
+BYTES_AT_ONCE: Final = 4 * 1024 * 1024
+"""Of a thread's entries in one request, or a single one: a tail larger than a message may be would never come back."""
 SWEEP_S: Final = 1.0
 CALL_SECONDS_MAX: Final = 15.0
 
@@ -75,6 +77,9 @@ class Tails:
                 await self.submit_all()
             except StoreError as error:
                 self.last_error = str(error)
+            except Exception as error:
+                self.last_error = f"{type(error).__name__}: {error}"
+                _logger.exception("submitting again failed oddly")
 
     async def submit_all(self) -> None:
         """One round over what is saved and held."""
@@ -86,7 +91,9 @@ class Tails:
         for one in saved:
             threads.setdefault(one.thread_id, []).append(one)
         for thread_id, entries in threads.items():
-            await self._submit_again(thread_id, entries[0].group, tuple(one.entry for one in entries), saved=True)
+            for part in _parts(one.entry for one in entries):
+                if not await self._submit_again(thread_id, entries[0].group, part, saved=True):
+                    break  # what follows may need it: a creation, an earlier patch
         for thread_id, access in (await self._log.held_access()).items():
             row = await self._log.row(thread_id)
             group = row.group if row is not None else None
@@ -137,3 +144,17 @@ class Tails:
             seconds_max=CALL_SECONDS_MAX,
         )
         return answer.fates
+
+
+def _parts(entries: Iterable[Entry]) -> Iterator[tuple[Entry, ...]]:
+    """The entries in their order, as many at once as a request may hold."""
+    part: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if part and size + len(entry.body) > BYTES_AT_ONCE:
+            yield tuple(part)
+            part, size = [], 0
+        part.append(entry)
+        size += len(entry.body)
+    if part:
+        yield tuple(part)

@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Final
 
-from origin.ids import carried_mark, marks_of
+from origin.ids import carried_mark
+from origin.ids import marks_of as marks_of_names
 from origin.store.base import Member, Record
 from origin.thread import CLAIMS_PREFIX
 
@@ -41,12 +42,8 @@ class Topology:
 
     def adopt(self, record: Record) -> None:
         """Follow another record from now on. TopologyError when two of its regions can't be told apart by ids."""
-        try:
-            marks = marks_of(member.name for member in record.members)
-        except ValueError as error:
-            raise TopologyError(str(error)) from None
+        self._marks = marks_of(record)
         self.record = record
-        self._marks = marks
         present = [member for member in record.members if member.role != "removed"]
         self.members: tuple[str, ...] = tuple(member.name for member in present)
         self.peers: tuple[str, ...] = tuple(name for name in self.members if name != self.region)
@@ -96,6 +93,14 @@ class Topology:
         """The region whose mark the id carries, a removed one's too; None for an id that none minted."""
         mark = carried_mark(thread_id)
         return None if mark is None else self._marks.get(mark)
+
+
+def marks_of(record: Record) -> dict[int, str]:
+    """Id mark to region. TopologyError when two regions of the record share one."""
+    try:
+        return marks_of_names(member.name for member in record.members)
+    except ValueError as error:
+        raise TopologyError(str(error)) from None
 
 
 def claims_thread(thread_id: str) -> str:

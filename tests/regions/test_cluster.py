@@ -21,6 +21,7 @@ from origin.store.base import (
     PositionLost,
     StoreBusy,
     StoreError,
+    StoreFailed,
     StoreFull,
     ThreadDeleted,
     ThreadExists,
@@ -29,9 +30,10 @@ from origin.store.base import (
     Version,
     Written,
 )
-from origin.thread import Row
+from origin.thread import ClaimBody, Row
 from regions.coordinator import CoordinatorLimits
 from regions.peer_client import PeerUnreachable
+from regions.peer_wire import Claim
 from tests.support.builders import ANN, BOB, append, bodies, change, create, delete, message, patch, upsert, user
 from tests.support.cluster import REGIONS, Cluster, LocalTransport, eventually
 
@@ -640,3 +642,46 @@ async def test_the_retry_of_a_keyed_write_says_a_position_that_includes_it(clust
     first = await cluster["us-east"].coordinator.write(keyed)
     again = await cluster["us-east"].coordinator.write(keyed)
     assert again.replayed and again.position >= first.position > 0
+
+
+async def test_a_thread_that_can_not_be_read_here_does_not_hold_up_the_others(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = await make(cluster), await make(cluster)
+    await eventually(cluster.converged)
+    cluster.network.cut.add(("us-east", "eu-west"))
+    for thread_id in (bad, good):
+        await cluster["us-east"].coordinator.write(append(thread_id, message("m2")))
+    await cluster["us-east"].restart()  # what is sent from now on is read again
+    store = cluster["us-east"].store
+    slice_ = store.slice
+
+    async def damaged(thread_id: str, *arguments: Any, **more: Any) -> Any:
+        if thread_id == bad:
+            raise StoreFailed("body 00 is missing")
+        return await slice_(thread_id, *arguments, **more)
+
+    monkeypatch.setattr(store, "slice", damaged)
+    cluster.network.heal()
+
+    async def arrived() -> bool:
+        return len((await cluster["eu-west"].store.read(good, ANN)).messages) == 2
+
+    await eventually(arrived)
+    await eventually(lambda: _told_of(cluster, "body 00 is missing"))
+
+
+async def _told_of(cluster: Cluster, fault: str) -> bool:
+    return fault in ((await cluster["us-east"].store.backlog("eu-west")).last_error or "")
+
+
+async def test_an_id_of_a_region_that_the_asker_does_not_know_yet_is_neither_denied_nor_claimed(
+    cluster: Cluster,
+) -> None:
+    """Whoever lags behind the membership record takes the id of a new region's thread for one that nobody minted."""
+    thread_id = cluster["eu-west"].mint.thread_id()
+    claims = cluster["us-east"].coordinator.claims
+    with pytest.raises(Unavailable):
+        await claims.find(thread_id)
+    with pytest.raises(Unavailable):
+        await claims.claim_here([Claim(thread_id, ClaimBody("ap-south", ANN.issuer, ANN.subject))])

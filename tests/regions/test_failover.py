@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,18 +14,22 @@ import pytest
 from origin.store.base import (
     Freshness,
     GroupRow,
+    Head,
     Operation,
     Outcome,
     OutcomeUnknown,
+    Promise,
     ThreadNotFound,
     Unavailable,
     Write,
 )
+from regions.adoption import Adopter, SourceLacks
 from regions.coordinator import CoordinatorLimits
-from regions.failover import Failover, PromotionFailed
+from regions.failover import RECOVERIES_AT_ONCE, Failover, PromotionFailed
 from regions.peer_wire import AskPromise, PreVote, PreVoteAnswer, PromiseAnswer
+from regions.tails import BYTES_AT_ONCE
 from tests.support.builders import ANN, append, bodies, create, delete, message, messages
-from tests.support.cluster import REGIONS, Cluster, eventually
+from tests.support.cluster import REGIONS, Cluster, LocalTransport, eventually
 
 HOME, OTHER, THIRD = REGIONS
 
@@ -305,3 +310,66 @@ async def test_a_restarted_holder_goes_on_and_a_fenced_one_does_not(cluster: Clu
 
     await eventually(has_all)
     assert not cluster[HOME].store.is_holder(HOME)
+
+
+async def test_consistency_origin_does_not_serve_a_copy_that_the_holders_entries_can_not_reach(
+    cluster: Cluster,
+) -> None:
+    """A region that promised the group to a candidate takes nothing of the holder's any more, which may still have
+    its lease: what it has here is not the holder's last word."""
+    thread_id = await made(cluster, "m1")
+    epoch = cluster[THIRD].node.topology.next_epoch(1)
+    await cluster[OTHER].writer.submit(Promise(HOME, epoch, THIRD, cluster[THIRD].store.incarnation))
+    await cluster[HOME].coordinator.write(append(thread_id, message("m2")))
+    with pytest.raises(Unavailable):
+        await cluster[OTHER].coordinator.read(thread_id, ANN, freshness=Freshness(consistency="origin"))
+
+
+async def test_threads_that_can_not_be_recovered_do_not_keep_the_others_from_it(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.network.cut |= {(HOME, THIRD), (THIRD, HOME)}
+    ids = sorted(cluster[HOME].mint.thread_id() for _ in range(RECOVERIES_AT_ONCE + 1))
+    for thread_id in ids:
+        await cluster[HOME].coordinator.write(create(thread_id, messages=[message("m1")], durability="quorum"))
+    adopt = Adopter.adopt
+
+    async def lacking(self: Adopter, group: str, epoch: int, source: str, head: Head) -> None:
+        if head.thread_id in ids[:-1]:
+            raise SourceLacks("its source is away")
+        await adopt(self, group, epoch, source, head)
+
+    monkeypatch.setattr(Adopter, "adopt", lacking)
+    await cluster[THIRD].node.failover.promote(HOME)
+    await eventually(lambda: _true(sorted(cluster[THIRD].store.unrecovered) == ids[:-1]))
+
+
+async def _true(value: bool) -> bool:
+    return value
+
+
+async def test_a_tail_too_large_for_one_message_comes_back_in_several(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread_id = await made(cluster, "m1")
+    cluster.network.isolate(HOME)
+    for name in ("a", "b", "c"):
+        await cluster[HOME].coordinator.write(append(thread_id, message(name, "x" * (BYTES_AT_ONCE * 2 // 3))))
+    await cluster[OTHER].node.failover.promote(HOME)
+    await cluster[OTHER].coordinator.write(append(thread_id, message("n")))
+    call, sent = LocalTransport.call, list[int]()
+
+    async def measured(self: LocalTransport, region: str, path: str, message: Any, *arguments: Any, **more: Any) -> Any:
+        if path == "/peer/submit-again":
+            sent.append(len(msgspec.msgpack.encode(message)))
+        return await call(self, region, path, message, *arguments, **more)
+
+    monkeypatch.setattr(LocalTransport, "call", measured)
+    cluster.network.heal()
+
+    async def back() -> bool:
+        row = await cluster[OTHER].store.row(thread_id)
+        return row is not None and row.message_count == 5
+
+    await eventually(back)
+    assert max(sent) < BYTES_AT_ONCE

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import pytest
 
+from origin.ids import marks_of
 from origin.store.base import StoreError, Unavailable
 from regions.coordinator import CoordinatorLimits
 from regions.membership import ChangeRefused
+from regions.topology import TopologyError
 from tests.support.builders import ANN, append, bodies, create, message
 from tests.support.cluster import REGIONS, Cluster, eventually
 
@@ -159,3 +161,68 @@ async def test_the_record_survives_a_restart_of_everybody(cluster: Cluster) -> N
         await cluster[region].restart()
     for region in (*REGIONS, FOURTH):
         assert cluster[region].node.topology.voters == (*REGIONS, FOURTH)
+
+
+async def test_a_region_that_comes_back_with_its_disk_votes_only_once_it_has_what_it_missed(cluster: Cluster) -> None:
+    """While it was no member nothing was owed to it: its empty outbox says nothing of what it holds."""
+    thread_id = cluster[HOME].mint.thread_id()
+    await cluster[HOME].coordinator.write(create(thread_id, messages=[message("m1")]))
+    await eventually(cluster.converged)
+    await cluster[OTHER].node.failover.promote(THIRD, graceful=True)
+    await _retried(lambda: cluster[HOME].node.membership.remove(THIRD))
+    await cluster[HOME].coordinator.write(append(thread_id, message("m2"), durability="quorum"))
+    row = await cluster[HOME].store.row(thread_id)
+    assert row is not None
+    await _retried(lambda: cluster[HOME].node.membership.add(THIRD, f"http://{THIRD}"))
+    await eventually(lambda: _is(THIRD in cluster[HOME].node.topology.voters), seconds=30)
+    theirs = await cluster[THIRD].store.row(thread_id)
+    assert theirs is not None and theirs.head_hash == row.head_hash
+
+
+async def test_after_a_restart_each_region_is_compared_with_by_one_worker(cluster: Cluster) -> None:
+    """Two would be each other's second look: a difference counts when it is seen twice, a while apart."""
+    before = _workers("repair with ")
+    await cluster[HOME].restart()
+    assert _workers("repair with ") == before == len(REGIONS) * (len(REGIONS) - 1)
+
+
+def _workers(prefix: str) -> int:
+    return sum(task.get_name().startswith(prefix) for task in asyncio.all_tasks())
+
+
+async def test_a_holder_that_is_replaced_while_it_settles_a_change_makes_none(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it and its successor would each make a record of the same number."""
+    old, new = cluster[HOME].node.membership, cluster[OTHER].node.membership
+    settled = old._require_settled  # pyright: ignore[reportPrivateUsage]
+
+    async def taken_over() -> None:
+        await settled()
+        await cluster[OTHER].node.failover.promote(HOME)
+        await new._require_changeable()  # pyright: ignore[reportPrivateUsage]
+        record = cluster[OTHER].node.topology.record
+        await eventually(lambda: _is(cluster[HOME].node.topology.record == record))
+
+    monkeypatch.setattr(old, "_require_settled", taken_over)
+    with pytest.raises(ChangeRefused):
+        await old.add(FOURTH, f"http://{FOURTH}")
+    assert cluster[HOME].node.topology.record == cluster[OTHER].node.topology.record
+
+
+async def test_a_region_whose_mark_is_another_ones_is_refused_before_anything_is_kept(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that no region can follow would stop each at its next start."""
+
+    def alike(regions: Iterable[str]) -> dict[int, str]:
+        names = tuple(regions)
+        if FOURTH in names:
+            raise ValueError("they share a mark")
+        return marks_of(names)
+
+    monkeypatch.setattr("regions.topology.marks_of_names", alike)
+    kept = cluster[HOME].store.record
+    with pytest.raises(TopologyError):
+        await cluster[HOME].node.membership.add(FOURTH, f"http://{FOURTH}")
+    assert cluster[HOME].store.record == kept
