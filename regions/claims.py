@@ -8,6 +8,7 @@ becomes each thread once, without anything to merge. Requests are gathered while
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -37,6 +38,8 @@ MOVING_SECONDS_MAX: Final = 5.0
 MOVING_PAUSE_S: Final = 0.05
 BIRTH: Final = "1970-01-01T00:00:00Z"
 """created_at of claims threads: a constant, so that their creation is the same entry whoever makes it."""
+
+_logger = logging.getLogger(__name__)
 
 WriteHere = Callable[[Write], Awaitable[Written]]
 
@@ -81,8 +84,8 @@ class Claims:
         if waiting is None:
             future: asyncio.Future[ClaimBody] = asyncio.get_running_loop().create_future()
             waiting = self._waiting[thread_id] = (Claim(thread_id, body), future)
-            if self._sender is None:
-                self._sender = asyncio.create_task(self._send(), name="claims")
+        if self._sender is None:
+            self._sender = asyncio.create_task(self._send(), name="claims")
         return await asyncio.shield(waiting[1])
 
     async def find(self, thread_id: str) -> ClaimBody | None:
@@ -164,6 +167,10 @@ class Claims:
                     answers = [Unavailable(f"the id can't be claimed now: {error}")] * len(claims)
                 except StoreError as error:
                     answers = [error] * len(claims)
+                except Exception as error:
+                    # Whatever it is, who waits has to be told: nobody else would ever answer them.
+                    _logger.exception("claiming %d ids failed oddly", len(claims))
+                    answers = [Unavailable(f"the id can't be claimed now: {error}")] * len(claims)
                 for (thread_id, (_, future)), answer in zip(batch.items(), answers, strict=True):
                     del self._waiting[thread_id]
                     if future.cancelled():

@@ -25,6 +25,7 @@ from origin.log import bucket_of
 from origin.store import base
 from origin.store.base import GroupRow, Head, Promised, Recovery, ReplicaLog, StoreError, Unavailable
 from regions.adoption import Adopter, SourceLacks, Submit
+from regions.inventory import ask_heads
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import (
     Acknowledged,
@@ -342,7 +343,7 @@ class Failover:
         began = self._clock.monotonic()
         before = self._log.groups[group].holder
         inventory = await self._inventory(group, epoch, answers)
-        if before not in answers and before != self._topology.region:
+        if before not in answers:
             # Whoever was answered lately may still believe in its lease: serving before that is over would let
             # its readers of `consistency=origin` miss what is written here.
             left = max((answer.lease_left_s for answer in answers.values()), default=0.0)
@@ -473,14 +474,17 @@ class Failover:
                     best[head.thread_id] = (head, region)
         return _Inventory(best, heads)
 
-    async def _ask_heads(self, region: str, group: str, epoch: int, buckets: tuple[int, ...]) -> tuple[Head, ...]:
-        if not buckets:
-            return ()
-        message = AskHeads(**self._envelope(), group=group, epoch=epoch, buckets=buckets)
-        answer = await self._transport.call(
-            region, "/peer/heads", message, HeadsAnswer, seconds_max=self._limits.call_seconds_max
+    async def _ask_heads(self, region: str, group: str, epoch: int, buckets: tuple[int, ...]) -> list[Head]:
+        return await ask_heads(
+            self._topology,
+            self._log,
+            self._transport,
+            region,
+            group=group,
+            epoch=epoch,
+            buckets=buckets,
+            seconds_max=self._limits.call_seconds_max,
         )
-        return answer.heads
 
     def _envelope(self) -> dict[str, Any]:
         return {

@@ -15,12 +15,12 @@ import random
 from typing import Any, Final
 
 from infra.clock import Clock
-from origin.log import bucket_of
 from origin.store import base
 from origin.store.base import GroupRow, Head, ReplicaLog, StoreError
 from regions.adoption import Adopter, SourceLacks, Submit
+from regions.inventory import ask_heads
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
-from regions.peer_wire import AskHeads, HeadsAnswer, Hello, HelloAnswer, Rejoin, RejoinAnswer
+from regions.peer_wire import Hello, HelloAnswer, Rejoin, RejoinAnswer
 from regions.topology import Topology, same_members
 
 FIRST_PAUSE_S: Final = 0.02
@@ -203,7 +203,16 @@ class Joining:
                 continue
             for head in await self._log.heads(row.group, buckets):
                 best.setdefault(head.thread_id, (head, self._topology.region))
-            for head in await self._ask_heads(region, row, buckets):
+            for head in await ask_heads(
+                self._topology,
+                self._log,
+                self._transport,
+                region,
+                group=row.group,
+                epoch=0,
+                buckets=buckets,
+                seconds_max=CALL_SECONDS_MAX,
+            ):
                 known = best.get(head.thread_id)
                 if known is None or (head.epoch, head.v) > (known[0].epoch, known[0].v):
                     best[head.thread_id] = (head, region)
@@ -211,11 +220,6 @@ class Joining:
         for start in range(0, len(wanted), ADOPTIONS_AT_ONCE):
             part = wanted[start : start + ADOPTIONS_AT_ONCE]
             await asyncio.gather(*(self._adopter.adopt(row.group, row.promised, source, head) for head, source in part))
-
-    async def _ask_heads(self, region: str, row: GroupRow, buckets: frozenset[int]) -> tuple[Head, ...]:
-        message = AskHeads(**self._envelope(), group=row.group, epoch=0, buckets=tuple(sorted(buckets)))
-        answer = await self._transport.call(region, "/peer/heads", message, HeadsAnswer, seconds_max=CALL_SECONDS_MAX)
-        return tuple(head for head in answer.heads if bucket_of(head.thread_id) in buckets)
 
     def _envelope(self) -> dict[str, Any]:
         return {

@@ -18,19 +18,17 @@ from typing import Any, Final
 import msgspec
 
 from infra.clock import Clock
-from origin.log import bucket_of
 from origin.store import base
 from origin.store.base import Head, ReplicaLog, StoreError
 from origin.thread import ZERO_HASH, entry_is_sound
 from regions.adoption import Submit
+from regions.inventory import ask_heads
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import (
     Acknowledged,
     AskDigests,
-    AskHeads,
     DigestsAnswer,
     DisownThreads,
-    HeadsAnswer,
 )
 from regions.replication_target import Heard, Target
 from regions.replicator import Replicator
@@ -192,10 +190,17 @@ class Repair:
         suspect: frozenset[str] = frozenset()
         damaged: list[str] = []
         if buckets:
-            answer = await self._call(
-                peer, "/peer/heads", AskHeads, HeadsAnswer, group=group, epoch=row.epoch, buckets=tuple(sorted(buckets))
+            found = await ask_heads(
+                self._topology,
+                self._log,
+                self._transport,
+                peer,
+                group=group,
+                epoch=row.epoch,
+                buckets=buckets,
+                seconds_max=CALL_SECONDS_MAX,
             )
-            theirs = {head.thread_id: head for head in answer.heads if bucket_of(head.thread_id) in buckets}
+            theirs = {head.thread_id: head for head in found}
             # Read after theirs, so that what replication brought them meanwhile is not taken for a difference
             # that they are ahead; and what is owed after both, so that what was written meanwhile is known as owed.
             here = {head.thread_id: head for head in await self._log.heads(group, buckets)}

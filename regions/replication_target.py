@@ -630,6 +630,9 @@ class Target:
             known = log.groups.get(group.group)
             if known is None or group.epoch > known.epoch:
                 await self._submit(base.AdoptGroup(group))
+        if answer.known > log.incarnation:
+            self._last_error = "it knows a newer disk of this region: this one is a copy that should be stopped"
+            return
         known_incarnation = log.peers.get(self.region, "")
         if answer.incarnation < known_incarnation:
             self._last_error = "an older incarnation of it than is known answers"

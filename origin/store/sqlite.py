@@ -355,7 +355,7 @@ class SqliteStore:
             raise base.StoreBusy(str(error)) from error
         except BodyDamaged as error:
             raise base.StoreFailed(str(error)) from error
-        except apsw.Error as error:
+        except (apsw.Error, OSError) as error:
             raise base.StoreFailed(f"the engine failed: {error}") from error
 
     async def close(self) -> None:
