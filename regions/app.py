@@ -103,7 +103,7 @@ async def open_region(
                 return f"has yet to join its cluster: {node.joining.reason}"
             if not topology.votes:
                 return "does not vote in its cluster: a learner, or removed"
-            alone = len(node.replicator.counting()) < topology.majority - 1
+            alone = len(node.replicator.counting()) < topology.others_for_majority
             return "meets the other regions" if alone and clock.monotonic() < began + MEETING_S else None
 
         lifecycle.add_check("joined", joined)

@@ -216,7 +216,7 @@ class Coordinator:
 
     def _others(self, level: str) -> int:
         """How many other regions have to hold what is acknowledged at that level."""
-        return self._topology.majority - 1 if level == "quorum" else len(self._topology.voting_peers)
+        return self._topology.others_for_majority if level == "quorum" else len(self._topology.voting_peers)
 
     async def _await_others(self, row: Row, v: int, others: int) -> None:
         """Return when so many other regions hold the thread up to `v`, and this one still holds the group.

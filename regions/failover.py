@@ -154,7 +154,7 @@ class Failover:
     def _confirmed_at(self, group: str) -> float:
         """From when the newest lease of a group held here counts; long ago when there never was one."""
         epoch = self._log.groups[group].epoch
-        sent = [self._clock.monotonic()]
+        sent = [self._clock.monotonic()] if self._topology.votes else []
         for target in self._replicator.targets.values():
             heard = target.heard
             if heard is not None and target.counts:

@@ -177,8 +177,10 @@ class Joining:
             faults = "; ".join(str(it) for it in results if isinstance(it, Exception))
             self.reason = f"{needed} other regions have to say what they know, {len(answers)} do: {faults}".rstrip(": ")
             return
+        # The settings' word on who belongs here ends with the founding: what the others follow goes on this disk even
+        # when it reads the same, or settings edited later would count for it once more at the next start.
         record = max((answer.record for answer in answers.values()), key=_order, default=self._topology.record)
-        if record.order > self._topology.record.order:
+        if self._log.record is None or record.order > self._topology.record.order:
             await self._submit(base.Configure(record))
             return
         for answer in answers.values():

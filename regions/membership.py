@@ -21,7 +21,7 @@ from infra.clock import Clock
 from origin.store import base
 from origin.store.base import Member, Record, ReplicaLog, StoreError
 from regions.adoption import Submit
-from regions.failover import Failover
+from regions.failover import Failover, PromotionFailed
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import Acknowledged, AskSettled, SettledAnswer, TakeRecord
 from regions.repair import Repair
@@ -159,7 +159,10 @@ class Membership:
         return record
 
     async def _require_settled(self) -> None:
-        holders = sorted({row.holder for row in self._log.groups.values()})
+        # A region of a record that never counted was let in nowhere: its group is empty, and no holder of it answers.
+        members = {member.name for member in self._topology.record.members}
+        groups = {name: row for name, row in self._log.groups.items() if name in members}
+        holders = sorted({row.holder for row in groups.values()})
         held: set[str] = set()
         for holder in holders:
             message = AskSettled(**self._envelope(), seconds_max=SETTLE_S)
@@ -175,7 +178,7 @@ class Membership:
             if answer.reason:
                 raise ChangeRefused(f"region {holder}: {answer.reason}")
             held |= set(answer.held)
-        lost = sorted(self._log.groups.keys() - held)
+        lost = sorted(groups.keys() - held)
         if lost:
             raise ChangeRefused(f"nobody holds {', '.join(lost)} now: promote a region for each first")
 
@@ -191,7 +194,7 @@ class Membership:
         results = await asyncio.gather(*(self._replicator.settle(region, message.seconds_max) for region in asked))
         if message.config_version != self._topology.number:
             return SettledAnswer(held=(), reason="the membership record changed meanwhile")
-        have = 1 + sum(
+        have = self._topology.votes + sum(
             done and region in self._replicator.targets and self._replicator.targets[region].counts
             for region, done in zip(asked, results, strict=True)
         )
@@ -264,7 +267,7 @@ class Membership:
                 async with self._changing:
                     await self._let_vote(name)
                 self.waits_for = ""
-            except (ChangeRefused, PeerUnreachable, PeerRefused, StoreError) as error:
+            except (ChangeRefused, PromotionFailed, PeerUnreachable, PeerRefused, StoreError) as error:
                 self.waits_for = f"region {name} does not vote yet: {error}"
             except Exception as error:
                 self.waits_for = f"region {name} does not vote yet: {type(error).__name__}: {error}"
@@ -276,6 +279,10 @@ class Membership:
             raise ChangeRefused("it does not answer")
         if target.heard.standing != "voter":
             raise ChangeRefused("it is learning what the cluster knows")
+        if name not in target.heard.held and self._log.groups[name].holder == name:
+            # It learned from the others before it could begin to hold its own group, or on another disk than the one
+            # it held it with, and without a vote it can't win it: nobody held it, and no change could be made any more.
+            await self._failover.promote(name)
         # In this order: what a comparison finds is owed, and so waited for.
         if not self._repair.is_caught_up(name) or not await self._replicator.settle(name, SETTLE_S):
             raise ChangeRefused("it has yet to get everything")

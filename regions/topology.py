@@ -63,6 +63,12 @@ class Topology:
         return len(self.voters) // 2 + 1
 
     @property
+    def others_for_majority(self) -> int:
+        """How many voters besides this region make a majority: all of it while this one does not vote itself. Else
+        what a learner holds, of its own group, would be acknowledged in places that an election need not ask."""
+        return self.majority - self.votes
+
+    @property
     def votes(self) -> bool:
         """Whether this region counts under the record."""
         return self.region in self.voters

@@ -32,6 +32,7 @@ from tests.simulation.schedule import Result, Schedule, run
 LINKS: Final = ("partition", "one_way", "lost_answers", "swizzle", "loss", "reordering")
 CRASHES: Final = ("crash", "crash_at_commit", "crash_at_message", "blackout")
 MOVES: Final = ("promote", "promote_gracefully", "promote_twice", "partition", "crash", "lost_answers", "pause")
+MEMBERS: Final = ("add_region", "remove_region", "partition", "one_way", "lost_answers", "promote", "crash")
 DISKS: Final = ("empty_disk", "backup", "restored_disk", "promote", "crash", "partition")
 
 
@@ -426,3 +427,12 @@ def failed_commits_are_reported_as_refused() -> Sequence[Any]:
         patch.object(writer, "StoreFailed", base.StoreBusy),
         patch("tests.simulation.disk.StoreFailed", base.StoreBusy),
     ]
+
+
+# ---------------------------------------------------------------- membership
+
+
+@bug("A learner's confirmations count for no quorum.", MEMBERS, seeds_max=300)
+def a_learner_counts() -> Sequence[Any]:
+    joined = property(lambda self: self.heard is not None and self.heard.standing == "voter")
+    return [patch.object(replication_target.Target, "counts", joined)]

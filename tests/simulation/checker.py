@@ -47,11 +47,10 @@ class Checker:
         world = self._world
         if world.lost_disk_since(request.start):
             return
-        needed = {"region": 1, "quorum": world.majority, "all": len(world.names)}[attempt.level]
         thread_id = written.row.id
         for entry in written.entries:
             holders = world.holders_of(thread_id, entry.id, saved=attempt.level == "region")
-            if len(holders) < needed:
+            if not world.durable(holders, attempt.level, attempt.start):
                 world.violation(
                     f"not durable: entry {entry.id} of {thread_id} was acknowledged at {attempt.level} "
                     f"and is in {holders}: {request.describe()}"
@@ -85,7 +84,7 @@ class Checker:
             )
         if world.foreign(thread_id):
             claimed = world.holders_of(claims_thread(thread_id), thread_id)
-            if len(claimed) < world.majority:
+            if not world.durable(claimed, "quorum", request.start):
                 world.violation(f"created without a durable claim (held by {claimed}): {request.describe()}")
         if written.created and not written.replayed:
             others = [
@@ -250,9 +249,11 @@ class Checker:
         """Deletions and narrowings are in force where a thread's entries can't be applied, acknowledged or not."""
         world = self._world
         for name, thread_id in sorted(world.network.poison):
+            if name not in world.names:
+                continue
             medium = world.regions[name].medium
             best = max(
-                (row for it in world.regions.values() if (row := it.medium.row(thread_id)) is not None),
+                (row for it in world.names if (row := world.regions[it].medium.row(thread_id)) is not None),
                 key=lambda row: row.version,
                 default=None,
             )
@@ -265,13 +266,18 @@ class Checker:
                 world.violation(f"{thread_id} is {best.visibility} and shown as {shown.visibility} at {name}")
 
     def converged(self) -> str | None:
-        """None when every region holds the same and owes nothing, else what is left to do."""
+        """None when every member votes, holds the same and owes nothing, else what is left to do."""
         world = self._world
-        for name, region in world.regions.items():
+        for name in world.names:
+            region = world.regions[name]
             if region.node is None:
                 return f"{name} is not up"
             if region.node.engine.standing != "voter":
                 return f"{name} has not joined: {region.node.joining.reason}"
+            if world.follows(name) != world.record:
+                return f"{name} follows {world.follows(name)}, the newest record is {world.record}"
+            if name not in world.voters:
+                return f"{name} does not vote: {world.why_no_vote()}"
             if region.node.engine.unrecovered:
                 return f"{name} has threads to recover: {sorted(region.node.engine.unrecovered)[:3]}"
             if region.medium.unsaved():

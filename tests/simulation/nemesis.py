@@ -12,10 +12,16 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from origin.store import base
 from origin.store.base import StoreError
 from regions.failover import PromotionFailed
+from regions.membership import ChangeRefused
+from regions.node import Node
 from tests.simulation.disk import Moods
-from tests.simulation.world import NoAnswer, SimRegion, Unreachable, World
+from tests.simulation.world import REGIONS, NoAnswer, SimRegion, Unreachable, World
+
+MEMBERS_MIN: Final = 3
+MEMBERS_MAX: Final = 6
 
 Nemesis = Callable[[World, random.Random], Awaitable[None]]
 
@@ -286,6 +292,57 @@ async def _promote(world: World, rng: random.Random, region: SimRegion, *, grace
         world.counts["promotion failed"] += 1
     else:
         world.counts["promotion done"] += 1
+
+
+# ---------------------------------------------------------------- members
+
+
+@nemesis
+async def add_region(world: World, rng: random.Random) -> None:
+    """A region with a new disk, whose settings name all there are, is made a member; it votes when it may."""
+    strangers = [name for name in REGIONS if name not in world.names and name not in world.removed]
+    if not strangers or len(world.names) >= MEMBERS_MAX:
+        return
+    name = strangers[0]
+    if name not in world.regions:
+        world.place_region(name).start()
+    done = await _change(world, rng, lambda node: node.membership.add(name, world.urls[name]))
+    world.counts[f"region {'added' if done else 'not added'}"] += 1
+
+
+@nemesis
+async def remove_region(world: World, rng: random.Random) -> None:
+    """A region hands over what it holds, and is taken out; it goes on running and may not know."""
+    name = rng.choice(world.names)
+    heirs = sorted(world.voters - {name})
+    if name not in world.voters or len(heirs) < MEMBERS_MIN:
+        return
+    node = world.regions[name].node
+    if node is None:
+        return
+    heir = world.regions[rng.choice(heirs)]
+    for group in sorted(group for group, row in node.engine.groups.items() if row.holder == name):
+        await _promote(world, rng, heir, graceful=True, group=group)
+    done = await _change(world, rng, lambda node: node.membership.remove(name))
+    world.counts[f"region {'removed' if done else 'not removed'}"] += 1
+
+
+async def _change(world: World, rng: random.Random, act: Callable[[Node], Awaitable[base.Record]]) -> bool:
+    """As `weft regions` does: ask the first group's holder, again while it says that it can't be done now."""
+    deadline = world.now + rng.choice((2.0, 20.0))
+    while world.now < deadline:
+        place = world.first_holder()
+        if place is not None:
+            try:
+                await world.ask(place, act, seconds_max=20.0)
+                return True
+            except ChangeRefused as error:
+                if "already" in str(error) or "is not a member" in str(error):
+                    return True
+            except (Unreachable, NoAnswer, StoreError):
+                pass
+        await asyncio.sleep(0.3)
+    return False
 
 
 # ---------------------------------------------------------------- all of them

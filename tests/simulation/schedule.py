@@ -183,8 +183,10 @@ async def settle(world: World, checker: Checker, clients: list[Client]) -> None:
 
 
 async def _probe(world: World, checker: Checker, client: Client) -> None:
-    """Every group takes a quorum write again, and soon."""
-    for region in world.names:
-        thread_id = world.regions[region].mint.thread_id()
-        if not await client.probe(thread_id, region, PROBE_SECONDS_MAX):
-            world.violation(f"group {region} takes no quorum write after healing")
+    """Every group takes a quorum write again, and soon; one whose region was removed, too."""
+    record = world.record
+    for group in [member.name for member in record.members] if record is not None else ():
+        thread_id = world.regions[group].mint.thread_id()
+        region = group if group in world.names else world.names[0]
+        if not await client.probe(thread_id, region, group, PROBE_SECONDS_MAX):
+            world.violation(f"group {group} takes no quorum write after healing")

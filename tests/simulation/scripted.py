@@ -11,13 +11,14 @@ import msgspec
 from infra.identity import Principal
 from origin.store import base
 from origin.store.base import Freshness, ThreadPage, Write, Written
+from regions.membership import ChangeRefused
 from regions.node import Node
 from tests.simulation.checker import Checker
 from tests.simulation.history import History
-from tests.simulation.world import World
+from tests.simulation.world import NoAnswer, Unreachable, World
 from tests.support.builders import ANN
 
-HOME, OTHER, THIRD = "us-east", "eu-west", "ap-south"
+HOME, OTHER, THIRD, FOURTH, FIFTH = "us-east", "eu-west", "ap-south", "sa-east", "af-south"
 
 
 class Script:
@@ -50,6 +51,33 @@ class Script:
 
     async def promote(self, region: str, group: str, **how: bool) -> base.GroupRow:
         return await self.ask(region, lambda node: node.failover.promote(group, **how))
+
+    async def change(self, act: Callable[[Node], Awaitable[base.Record]]) -> base.Record:
+        """A change of membership, asked of whoever may make it, again while it can't be done yet."""
+        deadline = self.world.now + 60.0
+        while True:
+            place = self.world.first_holder()
+            try:
+                if place is not None:
+                    return await self.ask(place, act)
+            except (ChangeRefused, base.StoreError, NoAnswer, Unreachable) as error:
+                assert self.world.now < deadline, error
+            await nap(0.1)
+
+    async def add(self, name: str) -> None:
+        """Start a region with a new disk and make it a learner."""
+        self.world.place_region(name).start()
+        await self.change(lambda node: node.membership.add(name, self.world.urls[name]))
+
+    async def votes(self, name: str) -> None:
+        def votes() -> bool:
+            node = self.world.regions[name].node
+            return name in self.world.voters and node is not None and node.failover.votes
+
+        await self.until(votes, f"{name} votes: {self.world.why_no_vote()}")
+
+    async def remove(self, name: str) -> None:
+        await self.change(lambda node: node.membership.remove(name))
 
     def mint(self, region: str) -> str:
         return self.world.regions[region].mint.thread_id()

@@ -9,7 +9,10 @@ import pytest
 from origin.store import base
 from origin.store.base import Idempotency, Moved, OutcomeUnknown, ThreadNotFound, Unavailable
 from regions.failover import PromotionFailed
-from tests.simulation.scripted import HOME, OTHER, THIRD, Script, nap, play
+from regions.node import Node
+from regions.peer_client import PeerRefused, PeerUnreachable
+from tests.simulation.scripted import FIFTH, FOURTH, HOME, OTHER, THIRD, Script, nap, play
+from tests.simulation.world import NoAnswer, Unreachable
 from tests.support.builders import ANN, BOB, append, change, create, delete, message, patch, upsert
 
 FOREIGN = "0b5f3c9e-64a2-4d0e-9a41-0f2f6d3a1000"
@@ -387,5 +390,233 @@ def test_a_keyed_request_is_carried_out_once_across_a_failover() -> None:
         await it.write(OTHER, append(thread_id, message("two"), idempotency=key), "quorum")
         await it.settled()
         assert it.ids(THIRD, thread_id) == ["one"]
+
+    play(script)
+
+
+class Load:
+    """Clients that append at quorum to the same threads from where they are told, again with the same ids until
+    they are answered."""
+
+    def __init__(self, it: Script, threads: dict[str, str]) -> None:
+        self._it = it
+        self._threads = threads
+        self._stop = False
+        self.written: dict[str, list[str]] = {thread_id: [] for thread_id in threads.values()}
+        self._clients: list[asyncio.Task[None]] = []
+
+    def begin(self, *regions: str) -> None:
+        self._clients += [asyncio.create_task(self._client(region)) for region in regions]
+
+    async def _client(self, region: str) -> None:
+        number = 0
+        targets = list(self._threads.values())
+        while not self._stop:
+            number += 1
+            thread_id, name = targets[number % len(targets)], f"{region}-{number}"
+            while True:
+                try:
+                    await self._it.write(region, append(thread_id, message(name)), "quorum")
+                    break
+                except (base.StoreError, NoAnswer, Unreachable):
+                    await nap(0.05)
+            self.written[thread_id].append(name)
+            await nap(0.02)
+
+    async def end(self) -> None:
+        self._stop = True
+        await asyncio.gather(*self._clients)
+
+    def check(self) -> None:
+        """Each acknowledged entry is at every member, once."""
+        assert all(self.written.values()), "nothing was written"
+        for region in self._it.world.names:
+            for thread_id, names in self.written.items():
+                found = self._it.ids(region, thread_id)
+                assert sorted(found) == sorted(names), region
+
+
+async def loaded(it: Script) -> Load:
+    threads = {region: it.mint(region) for region in (HOME, OTHER, THIRD)}
+    for region, thread_id in threads.items():
+        await it.write(region, create(thread_id, group=region), "all")
+    load = Load(it, threads)
+    load.begin(HOME, OTHER)
+    return load
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_rolling_membership_under_failover_and_load(seed: int) -> None:
+    """3 -> 5 -> 4 regions while clients write and groups move, the first one too."""
+
+    async def script(it: Script) -> None:
+        load = await loaded(it)
+        await it.add(FOURTH)
+        await it.promote(OTHER, HOME)  # who changes the membership is replaced meanwhile
+        await it.votes(FOURTH)
+        it.world.regions[OTHER].crash()
+        await it.promote(FOURTH, HOME)
+        it.world.regions[OTHER].start()
+        await it.add(FIFTH)
+        await it.votes(FIFTH)
+        assert len(it.world.voters) == 5
+        await it.promote(FIFTH, THIRD, graceful=True)
+        await it.remove(THIRD)
+        assert it.world.names == (HOME, OTHER, FOURTH, FIFTH)
+        it.world.regions[HOME].crash()
+        await nap(1.0)
+        it.world.regions[HOME].start()
+        await nap(3.0)
+        await load.end()
+        await it.settled()
+        load.check()
+
+    play(script, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_promotion_while_learners_backfill(seed: int) -> None:
+    """A group moves while a new region has yet to get everything; the learner counts for nobody's quorum."""
+
+    async def script(it: Script) -> None:
+        load = await loaded(it)
+        for number in range(100):
+            await it.write(HOME, create(it.mint(HOME), messages=[message(f"old{number}")]))
+        it.world.place_region(FOURTH)
+        it.world.regions[FOURTH].moods.latency_s = 0.2
+        it.world.regions[FOURTH].start()
+        await it.change(lambda node: node.membership.add(FOURTH, it.world.urls[FOURTH]))
+        assert FOURTH not in it.world.voters
+        await it.promote(OTHER, HOME)
+        with pytest.raises(PromotionFailed):
+            await it.promote(FOURTH, THIRD)
+        await it.promote(HOME, THIRD)
+        assert FOURTH not in it.world.voters, "it has everything already: the promotions came too late to mean much"
+        await it.votes(FOURTH)
+        await it.promote(FOURTH, THIRD)
+        await nap(1.0)
+        await load.end()
+        await it.settled()
+        load.check()
+
+    play(script, seed=seed)
+
+
+def test_a_learners_own_copy_is_in_no_majority() -> None:
+    """A region that does not vote yet orders its own group already: what it and one voter hold is in no majority of
+    the voters, and the two others can elect a holder that never sees it."""
+
+    async def script(it: Script) -> None:
+        await it.add(FOURTH)
+        await it.until(lambda: it.node(FOURTH).engine.standing == "voter", "it serves")
+        for deaf in (HOME, THIRD):
+            it.world.network.blocked[FOURTH, deaf] = it.world.network.blocked[deaf, FOURTH] = False
+        assert FOURTH not in it.world.voters and it.node(FOURTH).engine.is_holder(FOURTH)
+        thread_id = it.mint(FOURTH)
+        with pytest.raises((OutcomeUnknown, Unavailable)):
+            await it.write(FOURTH, create(thread_id, group=FOURTH), "quorum")
+        it.heal()
+        await it.votes(FOURTH)
+        await it.until(lambda: len(it.node(FOURTH).replicator.counting()) == 3, "all are within reach")
+        await it.write(FOURTH, upsert(thread_id, message("m1"), group=FOURTH), "quorum")
+        await it.settled()
+
+    play(script)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_repair_during_writes(seed: int) -> None:
+    """Groups are compared and offered at once, over and over, while clients write and links lose messages."""
+
+    async def script(it: Script) -> None:
+        load = await loaded(it)
+        it.world.network.weather.loss = 0.2
+        it.world.network.weather.duplicate = 0.2
+        compared = 0
+        for _ in range(40):
+            for region in it.world.names:
+                for peer in it.world.names:
+                    if peer != region:
+                        try:
+                            await it.ask(region, lambda node, peer=peer: _repair(node, peer))  # type: ignore[misc]
+                            compared += 1
+                        except (base.StoreError, PeerUnreachable, PeerRefused):
+                            pass
+            await nap(0.1)
+        it.heal()
+        await load.end()
+        await it.settled()
+        load.check()
+        assert compared > 20
+        for region in it.world.names:
+            assert it.node(region).repair.statistics().damaged == 0
+            assert it.world.regions[region].medium.saved() == set(), "repair cut what was acknowledged"
+
+    play(script, seed=seed)
+
+
+async def _repair(node: Node, peer: str) -> None:
+    for group in sorted(node.engine.groups):
+        if node.engine.is_holder(group):
+            await node.repair.compare(group, peer, at_once=True)
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+@pytest.mark.parametrize("changed", [True, False])
+def test_crash_with_a_record_that_nobody_else_has(changed: bool, comes_back: bool) -> None:
+    """The first group's new holder dies when its disk alone has the record that it adopts its predecessor's with, or
+    the one that changes it: when it comes back the change is made to count, when another is promoted it never was."""
+
+    async def script(it: Script) -> None:
+        load = await loaded(it)
+        it.world.place_region(FOURTH).start()
+        row = await it.promote(OTHER, HOME, graceful=True)
+        written: list[base.Record] = []
+
+        def spring(region: str, record: base.Record) -> None:
+            if not written and record.epoch == row.epoch and _names(record, FOURTH) == changed:
+                assert region == OTHER
+                written.append(record)
+                it.world.regions[OTHER].crash_soon(3.0 if comes_back else 40.0)
+
+        it.world.recorded.append(spring)
+        adding = asyncio.create_task(it.change(lambda node: node.membership.add(FOURTH, it.world.urls[FOURTH])))
+        await it.until(lambda: bool(written) and it.world.regions[OTHER].down, "it dies with the record")
+        adding.cancel()
+        assert it.world.follows(OTHER) == written[0]
+        assert all(it.world.follows(region) != written[0] for region in (HOME, THIRD, FOURTH))
+        if comes_back:
+            if not changed:
+                await it.change(lambda node: node.membership.add(FOURTH, it.world.urls[FOURTH]))
+            await it.votes(FOURTH)
+        else:
+            await it.promote(THIRD, HOME)
+            await it.add(FIFTH)
+            await it.votes(FIFTH)
+            assert FOURTH not in it.world.names
+        await it.until(lambda: it.world.regions[OTHER].node is not None, f"{OTHER} is back")
+        await nap(3.0)
+        await load.end()
+        await it.settled()
+        assert (FOURTH in it.world.names) == comes_back
+        load.check()
+
+    play(script)
+
+
+def _names(record: base.Record, region: str) -> bool:
+    return any(member.name == region for member in record.members)
+
+
+def test_a_replaced_disk_has_the_record_whatever_the_settings_say_by_then() -> None:
+    """What was edited into the settings of a region that rejoined changes nobody's majority at its next start."""
+
+    async def script(it: Script) -> None:
+        it.world.regions[OTHER].lose_disk(None, 0.0)
+        await it.settled()
+        it.world.regions[OTHER].urls[FOURTH] = f"http://{FOURTH}"
+        await it.restart(OTHER)
+        assert it.node(OTHER).topology.voters == (HOME, OTHER, THIRD)
+        await it.settled()
 
     play(script)

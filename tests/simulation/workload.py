@@ -83,7 +83,8 @@ class Client:
             await self.read(rng.choice(self.world.threads))
 
     def region(self) -> str:
-        return self.home if self.rng.random() < 0.5 else self.rng.choice(self.world.names)
+        near = self.rng.random() < 0.5 and self.home in self.world.names
+        return self.home if near else self.rng.choice(self.world.names)
 
     def level(self) -> Level:
         return self.rng.choices(("region", "quorum", "all"), (6, 5, 1))[0]  # type: ignore[return-value]
@@ -109,7 +110,7 @@ class Client:
         """A thread under a minted id or an own one; an own one perhaps by two at once, perhaps by two owners."""
         rng, region = self.rng, self.region()
         visibility = rng.choice(VISIBILITIES)
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and self.world.mints(region):
             thread_id = self.world.regions[region].mint.thread_id()
             await self.create_as(self.actor, thread_id, region, visibility)
             return
@@ -131,9 +132,9 @@ class Client:
             self.world.threads.append(thread_id)
         await self.insist(request, write, region)
 
-    async def probe(self, thread_id: str, region: str, seconds_max: float) -> bool:
-        """Whether a thread can be created at quorum within `seconds_max`."""
-        create = creation(self.actor, group=region)
+    async def probe(self, thread_id: str, region: str, group: str, seconds_max: float) -> bool:
+        """Whether a thread of the group can be created at quorum, at a region, within `seconds_max`."""
+        create = creation(self.actor, group=group)
         write = Write(thread_id, self.actor, "upsert", create=create, durability="quorum")
         deadline = self.world.now + seconds_max
         while self.world.now < deadline:

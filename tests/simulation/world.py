@@ -24,12 +24,13 @@ from regions.failover import FailoverLimits
 from regions.node import Node, NodeLimits, open_node
 from regions.peer_service import PeerService
 from regions.replication_target import ReplicationLimits
-from regions.topology import Topology
+from regions.topology import Topology, same_members
 from tests.simulation.disk import Medium, MemoryMedium, Moods, SimDisk, SqliteMedium
 from tests.simulation.loop import Place, SimClock, SimLoop, Trace
 from tests.simulation.network import Network
 
-REGIONS: Final = ("us-east", "eu-west", "ap-south", "sa-east", "af-south")
+REGIONS: Final = ("us-east", "eu-west", "ap-south", "sa-east", "af-south", "me-south", "ca-west")
+"""A schedule begins with the first three or five; those behind them may be added while it runs."""
 LIMITS: Final = NodeLimits(
     coordinator=CoordinatorLimits(write_seconds_max=2.0, pending_wait_s=1.0),
     replication=ReplicationLimits(heartbeat_s=0.5, request_seconds_max=2.0),
@@ -57,6 +58,8 @@ class SimRegion:
         self.name = name
         self.world = world
         self.medium = medium
+        self.urls = dict(world.urls)
+        """The regions that its settings name."""
         self.moods = Moods(latency_s=rng.choice((0.0005, 0.001, 0.005)))
         self.clock = SimClock(
             world.loop,
@@ -109,7 +112,7 @@ class SimRegion:
             trapped=lambda: self.crash_soon(0.2),
         )
         opened = open_node(
-            topology=Topology.of(self.name, world.urls),
+            topology=Topology.of(self.name, self.urls),
             engine=disk,
             transport=world.network.transport(self.name),
             clock=self.clock,
@@ -199,38 +202,80 @@ class World:
         self.counts: Counter[str] = Counter()
         self.violations: list[str] = []
         self.limits = LIMITS
-        names = REGIONS[:regions]
-        self.urls = {name: f"http://{name}" for name in names}
+        self.founders = REGIONS[:regions]
+        self.urls = {name: f"http://{name}" for name in self.founders}
+        self._engine = engine
+        self._folder = folder
         self.network = Network(self.loop, random.Random(f"{seed}/network"), self.trace, self.counts)
         self.regions: dict[str, SimRegion] = {}
-        for name in names:
-            medium: Medium
-            if engine == "memory":
-                medium = MemoryMedium(name, names)
-            else:
-                assert folder is not None
-                medium = SqliteMedium(folder / name, name, names)
-            self.regions[name] = SimRegion(name, self, medium)
-        self.network.regions.update(self.regions)
+        self._records: dict[str, base.Record] = {}
+        """The membership record on each disk."""
+        self._record_of: dict[tuple[int, int], base.Record] = {}
+        self.recorded: list[Callable[[str, base.Record], None]] = []
+        """Told of a region whose disk has just got another record, before it can tell anybody."""
+        self._left: list[tuple[float, base.Record]] = []
+        """When a disk went on to another record, and from which."""
+        self._names = self.founders
+        for name in self.founders:
+            self.place_region(name)
         self.threads: list[str] = []
         """Ids that clients have used, for faults that aim at one."""
         self.destroyed: list[Destroyed] = []
         self.gone: set[tuple[str, str]] = set()
         """(thread, entry) whose only copy was on a disk when that was lost: the one excuse for losing them."""
         self.backups: dict[str, tuple[Medium, float]] = {}
-        self._groups: dict[str, dict[str, base.GroupRow]] = {name: {} for name in names}
+        self._groups: dict[str, dict[str, base.GroupRow]] = {}
         self._winners: dict[tuple[str, int], str] = {}
         self._served: dict[tuple[str, int], str] = {}
         self._epochs: dict[str, int] = {}
         self._contested: set[str] = set()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.regions)
+    def place_region(self, name: str) -> SimRegion:
+        """Set up a region with a new disk, whose settings name it and all before it; a member it becomes later."""
+        self.urls[name] = f"http://{name}"
+        medium: Medium
+        if self._engine == "memory":
+            medium = MemoryMedium(name, tuple(self.urls))
+        else:
+            assert self._folder is not None
+            medium = SqliteMedium(self._folder / name, name, tuple(self.urls))
+        self.regions[name] = self.network.regions[name] = region = SimRegion(name, self, medium)
+        return region
 
     @property
-    def majority(self) -> int:
-        return len(self.regions) // 2 + 1
+    def names(self) -> tuple[str, ...]:
+        """The members of the newest record on any disk, voters or not yet: who serves, and has to agree in the end."""
+        return self._names
+
+    @property
+    def record(self) -> base.Record | None:
+        """The newest membership record on any disk."""
+        return max(self._records.values(), key=lambda record: record.order, default=None)
+
+    @property
+    def voters(self) -> frozenset[str]:
+        record = self.record
+        return frozenset(self.founders) if record is None else _voters(record)
+
+    @property
+    def removed(self) -> frozenset[str]:
+        record = self.record
+        members = () if record is None else record.members
+        return frozenset(member.name for member in members if member.role == "removed")
+
+    def follows(self, region: str) -> base.Record | None:
+        """The membership record on a region's disk."""
+        return self._records.get(region)
+
+    def durable(self, holders: Sequence[str], level: base.Durability, since: float) -> bool:
+        """Whether regions suffice for a level, under a record that any region followed since then."""
+        if level == "region":
+            return bool(holders)
+        records = [*self._records.values(), *(record for left, record in self._left if left >= since)]
+        for voters in {_voters(record) for record in records}:
+            if len(voters & set(holders)) >= (len(voters) if level == "all" else len(voters) // 2 + 1):
+                return True
+        return False
 
     @property
     def now(self) -> float:
@@ -242,8 +287,9 @@ class World:
     # ------------------------------------------------------------ what is known of the regions
 
     def committed(self, region: SimRegion, engine: Engine) -> None:
-        """Epochs never go back on a disk, and one epoch of a group has one holder wherever it is seen."""
-        before = self._groups[region.name]
+        """Epochs and records never go back on a disk, and one epoch of a group has one holder wherever it is seen."""
+        self._note_record(region.name, engine.record)
+        before = self._groups.get(region.name, {})
         groups = engine.groups
         for name, row in groups.items():
             if engine.is_holder(name):
@@ -263,6 +309,27 @@ class World:
             if winner != row.holder:
                 self.violation(f"two holders of epoch {row.epoch} of {name}: {winner} and {row.holder}")
         self._groups[region.name] = groups
+
+    def _note_record(self, name: str, record: base.Record | None) -> None:
+        before = self._records.get(name)
+        if record is None or record is before:
+            return
+        if before is not None:
+            if record.order < before.order:
+                self.violation(f"records go back: {name} had {before}, has {record}")
+            self._left.append((self.now, before))
+        known = self._record_of.setdefault(record.order, record)
+        if not same_members(known, record):
+            self.violation(f"two membership records {record.order}: {known} and {record}")
+        self._records[name] = record
+        self._look_at_records()
+        for tell in self.recorded:
+            tell(name, record)
+
+    def _look_at_records(self) -> None:
+        record = self.record
+        if record is not None:
+            self._names = tuple(member.name for member in record.members if member.role != "removed")
 
     def holders_of(self, thread_id: str, entry_id: str, *, saved: bool = False) -> list[str]:
         """Regions whose disk holds an entry in the thread's log, or (`saved`) among what was cut from one."""
@@ -290,14 +357,20 @@ class World:
         medium = self.regions[region].medium
         held = [(thread_id, entry.id) for thread_id in medium.thread_ids() for entry in medium.entries(thread_id)]
         for pair in (*held, *sorted(medium.saved())):
-            if all(name == region for name in self.holders_of(*pair, saved=True)):
+            if not any(name != region and name in self.names for name in self.holders_of(*pair, saved=True)):
                 self.gone.add(pair)
         self.destroyed.append(Destroyed(region, self.now, backup_at))
         self._groups[region] = {}
+        record = self._records.pop(region, None)
+        if record is not None:
+            self._left.append((self.now, record))
+        self._look_at_records()
 
     def may_lose_a_disk(self) -> bool:
         """One at a time: with another still learning what its own had, a majority would be lost."""
-        return all(it.node is not None and it.node.engine.standing == "voter" for it in self.regions.values())
+        return len(self.voters) == len(self.names) and all(
+            (node := self.regions[name].node) is not None and node.engine.standing == "voter" for name in self.names
+        )
 
     def lost_disk_since(self, moment: float, region: str | None = None) -> bool:
         """True when a disk (of `region`) was lost after `moment`."""
@@ -305,7 +378,12 @@ class World:
 
     def foreign(self, thread_id: str) -> bool:
         """True for an id that no region minted."""
-        return Topology.of(self.names[0], self.urls).minted_by(thread_id) is None
+        return Topology.of(self.founders[0], self.urls).minted_by(thread_id) is None
+
+    def mints(self, region: str) -> bool:
+        """Whether a region has ids to give: one that was never let in serves nobody."""
+        node = self.regions[region].node
+        return region in self.founders or (node is not None and node.engine.standing == "voter")
 
     # ------------------------------------------------------------ asking a region
 
@@ -352,22 +430,39 @@ class World:
         return True
 
     def all_up(self) -> bool:
-        return all(region.node is not None for region in self.regions.values())
+        return all(self.regions[name].node is not None for name in self.names)
 
     def all_met(self) -> bool:
-        others = len(self.regions) - 1
+        others = len(self.names) - 1
         return all(
-            region.node is not None
-            and region.node.engine.standing == "voter"
-            and len(region.node.replicator.reachable()) == others
-            for region in self.regions.values()
+            (node := self.regions[name].node) is not None
+            and node.engine.standing == "voter"
+            and len(node.replicator.reachable()) == others
+            for name in self.names
         )
+
+    def first_holder(self) -> str | None:
+        """The region that changes the membership now, as an operator finds it: none that answers, or one."""
+        first = self.founders[0]
+        for name in self.names:
+            node = self.regions[name].node
+            if node is not None and node.engine.is_holder(first):
+                return name
+        return None
+
+    def why_no_vote(self) -> str:
+        nodes = [region.node for region in self.regions.values() if region.node is not None]
+        return "; ".join(node.membership.waits_for for node in nodes if node.membership.waits_for)
 
     def drop(self) -> None:
         """Let go of folders. Nothing can be asked after this."""
         for region in self.regions.values():
             region.medium.crash()
             region.medium.drop()
+
+
+def _voters(record: base.Record) -> frozenset[str]:
+    return frozenset(member.name for member in record.members if member.role == "voter")
 
 
 async def _run(act: Callable[[Node], Awaitable[T]], node: Node) -> T:
