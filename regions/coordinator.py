@@ -389,6 +389,11 @@ class Coordinator:
             if sent:  # one of which may have been carried out: perhaps it is this creation that exists
                 raise OutcomeUnknown(f"{error}; an earlier try may have been carried out") from error
             raise
+        except ThreadNotFound as error:
+            if row is not None and not row.deleted and row.epoch < self._log.groups[row.group].epoch:
+                # Here from before the group moved, and not there: a tail that is on its way to the new holder.
+                raise Unavailable("the thread is being brought to the region that orders its writes now") from error
+            raise
         except NOT_NOW as error:
             if sent:
                 # Only the last attempt is known to have kept nothing.

@@ -553,16 +553,17 @@ class Failover:
             )
             for region in self._topology.voting_peers
         ]
-        votes = 1
+        votes, pending = 1, set(asked)
         try:
             # Not all are waited for: the region that fell silent would only answer by its timeout.
-            for answer in asyncio.as_completed(asked):
-                try:
-                    votes += (await answer).granted
-                except (PeerUnreachable, PeerRefused, StoreError):
-                    continue
-                if votes >= self._topology.majority:
-                    break
+            while pending and votes < self._topology.majority:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    error = task.exception()
+                    if error is None:
+                        votes += task.result().granted
+                    elif not isinstance(error, PeerUnreachable | PeerRefused | StoreError):
+                        raise error
         finally:
             for task in asked:
                 task.cancel()

@@ -195,7 +195,13 @@ def forwarded_write_is_not_applied() -> Sequence[Any]:
     async def nothing(*_: object) -> None:
         return None
 
-    return [patch.object(coordinator.Coordinator, "_apply_answer", nothing)]
+    async def unchecked(self: Any, answer: Any, _: str) -> Any:
+        return msgspec.structs.replace(answer.written, entries=tuple(answer.delta.entries))
+
+    return [
+        patch.object(coordinator.Coordinator, "_apply_answer", nothing),
+        patch.object(coordinator.Coordinator, "_complete", unchecked),
+    ]
 
 
 # ---------------------------------------------------------------- replicating
@@ -222,13 +228,11 @@ def any_answer_clears_the_outbox() -> Sequence[Any]:
 
 @bug("An answer confirms what it says, no more.", LINKS)
 def any_answer_confirms() -> Sequence[Any]:
-    return [patch.object(replicator._Waiter, "confirm", _confirm_anything)]
+    return [patch.object(replicator._Waiter, "hold", _hold_anything)]
 
 
-def _confirm_anything(self: Any, target: str, v: int) -> None:
-    self.confirmed.add(target)
-    if self.enough(self.confirmed):
-        self.done.set()
+def _hold_anything(self: Any, target: str, v: int) -> None:
+    self.held.add(target)
 
 
 @bug("A deletion or narrowing takes effect though the thread's entries can't be applied.", ("poison",))

@@ -20,7 +20,7 @@ import msgspec
 
 from tests.simulation.checker import Checker
 from tests.simulation.history import History
-from tests.simulation.loop import NoEnd
+from tests.simulation.loop import PLACE, NoEnd
 from tests.simulation.nemesis import NEMESES, heal, strike
 from tests.simulation.workload import PEOPLE, Client
 from tests.simulation.world import World
@@ -63,6 +63,8 @@ class _Complaints(logging.Handler):
         self._world = world
 
     def emit(self, record: logging.LogRecord) -> None:
+        if PLACE.get(None) is None:
+            return  # a coroutine of a run that is over, being collected
         error = record.exc_info[1] if record.exc_info else None
         self._world.violation(f"logged: {record.getMessage()}: {type(error).__name__ if error else ''} {error or ''}")
 
