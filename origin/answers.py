@@ -14,7 +14,11 @@ import msgspec
 from msgspec import Meta
 
 from origin.requests import Block, ExternalId, JsonObject, MessageId, Relations, Role, ThreadId, Timestamp, Title
-from origin.store.base import Listing, ThreadPage, Written
+from origin.store.base import (
+    Listing,
+    ThreadPage,
+    Written,
+)
 from origin.store.queries import cut_page
 from origin.thread import Entry, Row, Visibility, encode, fold, message_json, summary_json
 

@@ -29,7 +29,10 @@ from origin.ids import IdMint
 from origin.openapi import REFERENCE_POLICY, Answer, Param, ProblemDetails, Route, document, reference
 from origin.problems import unauthorized
 from origin.requests import NewMessages, NewThread, ThreadId, ThreadPatch
-from origin.store.base import Durability, ThreadStore
+from origin.store.base import (
+    Durability,
+    ThreadStore,
+)
 from origin.thread import Row
 
 ThreadHandler = Callable[[ThreadHandlers, web.Request, Principal], Awaitable[web.StreamResponse]]

@@ -16,7 +16,12 @@ import msgspec
 from aiohttp import web
 
 from origin.requests import invalid
-from origin.store.base import Durability, Freshness, Idempotency, Position
+from origin.store.base import (
+    Durability,
+    Freshness,
+    Idempotency,
+    Position,
+)
 from origin.thread import Version
 
 Consistency = Literal["local", "origin"]

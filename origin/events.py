@@ -26,7 +26,14 @@ from infra.identity import Principal
 from infra.singleflight import SingleFlight
 from origin import conditions
 from origin.feed import Feed, Heartbeat, Hello, Interest, Subscription, of_owner, of_team, of_thread
-from origin.store.base import Behind, Change, LogSlice, Moved, ThreadNotFound, ThreadStore
+from origin.store.base import (
+    Behind,
+    Change,
+    LogSlice,
+    Moved,
+    ThreadNotFound,
+    ThreadStore,
+)
 from origin.store.queries import after_seq
 from origin.thread import CreateBody, Entry, PatchBody, Row, Version, encode, message_json
 

@@ -19,7 +19,11 @@ from typing import Final
 import msgspec
 
 from infra.clock import SYSTEM_CLOCK, Clock
-from origin.store.base import Change, ReplicaLog, StoreError
+from origin.store.base import (
+    Change,
+    StoreError,
+)
+from origin.store.replication import ReplicaLog
 from origin.thread import CLAIMS_PREFIX
 
 QUEUE_MAX: Final = 256

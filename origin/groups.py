@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from origin.store.base import (
-    Fenced,
+from origin.store.base import Fenced
+from origin.store.replication import (
     GroupRow,
     LearnPromise,
     Promise,

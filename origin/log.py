@@ -15,22 +15,24 @@ import msgspec
 
 from origin.access import is_narrower, may_append, may_change, may_read
 from origin.store.base import (
-    Access,
-    Applied,
-    Diverged,
     Draft,
     EntryConflict,
-    Fate,
-    Gap,
     NotAllowed,
-    Refused,
     StaleVersion,
     ThreadDeleted,
-    ThreadDelta,
     ThreadExists,
     ThreadFull,
     ThreadNotFound,
     Write,
+)
+from origin.store.replication import (
+    Access,
+    Applied,
+    Diverged,
+    Fate,
+    Gap,
+    Refused,
+    ThreadDelta,
 )
 from origin.thread import (
     DIGEST_BUCKETS,

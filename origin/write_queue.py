@@ -22,14 +22,16 @@ from typing import Final
 import msgspec
 
 from origin.store.base import (
+    StoreBusy,
+    Write,
+)
+from origin.store.replication import (
     Acknowledge,
     ApplyDelta,
     Operation,
     Outcome,
     Postpone,
-    StoreBusy,
     Trim,
-    Write,
 )
 
 ACTIVE_S: Final = 60.0

@@ -19,25 +19,27 @@ from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import Principal
 from origin.store.base import (
     LOCAL,
-    Applied,
-    ApplyAnswer,
-    ApplyDelta,
     Freshness,
     Listing,
     ListQuery,
     LogSlice,
-    Operation,
-    Outcome,
-    ReplicaLog,
     StoreBusy,
     StoreError,
     StoreFailed,
     ThreadPage,
     ThreadStore,
     Unavailable,
-    Unpark,
     Write,
     Written,
+)
+from origin.store.replication import (
+    Applied,
+    ApplyAnswer,
+    ApplyDelta,
+    Operation,
+    Outcome,
+    ReplicaLog,
+    Unpark,
 )
 from origin.write_queue import Waiting, WriteQueue
 

@@ -10,8 +10,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from origin.store import base
-from origin.store.base import Applied, Gap, Head, LogSlice, ReplicaLog, ThreadDelta
+from origin.store import replication
+from origin.store.base import LogSlice
+from origin.store.replication import (
+    Applied,
+    Gap,
+    Head,
+    ReplicaLog,
+    ThreadDelta,
+)
 from regions.peer_client import PeerTransport
 from regions.peer_wire import Fetch, FetchAnswer
 from regions.topology import Topology
@@ -20,7 +27,7 @@ FETCH_BYTES_MAX: Final = 4 * 1024 * 1024
 FETCH_SECONDS_MAX: Final = 5.0
 STEPS_MAX: Final = 100_000
 
-Submit = Callable[[base.Operation], Awaitable[Any]]
+Submit = Callable[[replication.Operation], Awaitable[Any]]
 
 
 class SourceLacks(Exception):
@@ -46,7 +53,7 @@ class Adopter:
         for _ in range(STEPS_MAX):
             part = await self._fetch(source, head, after)
             delta = ThreadDelta(head.thread_id, part.base_v, part.base_hash, part.entries, part.row.v)
-            answer = await self._submit(base.ApplyDelta(group, epoch, source, delta))
+            answer = await self._submit(replication.ApplyDelta(group, epoch, source, delta))
             match answer:
                 case Applied(v=v) if v >= part.row.v:
                     return

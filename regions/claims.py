@@ -21,12 +21,12 @@ from origin.store.base import (
     Fenced,
     NotHolder,
     Recovering,
-    ReplicaLog,
     StoreError,
     Unavailable,
     Write,
     Written,
 )
+from origin.store.replication import ReplicaLog
 from origin.thread import ClaimBody, CreateBody, encode
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import Claim, ClaimAnswer, ClaimMany, FindClaim, FindClaimAnswer

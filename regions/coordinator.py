@@ -23,21 +23,16 @@ from infra.identity import Principal
 from infra.retry import retrying
 from infra.singleflight import SingleFlight
 from origin.access import may_read
-from origin.store import base
+from origin.store import base, replication
 from origin.store.base import (
     LOCAL,
-    Applied,
     Durability,
-    Fate,
     Freshness,
-    GroupRow,
     Listing,
     ListQuery,
     LogSlice,
     OutcomeUnknown,
-    ReplicaLog,
     StoreError,
-    ThreadDelta,
     ThreadNotFound,
     ThreadPage,
     ThreadStore,
@@ -46,6 +41,13 @@ from origin.store.base import (
     Written,
 )
 from origin.store.queries import after_seq, check_freshness
+from origin.store.replication import (
+    Applied,
+    Fate,
+    GroupRow,
+    ReplicaLog,
+    ThreadDelta,
+)
 from origin.thread import ClaimBody, CreateBody, Entry, PatchBody, Row, encode
 from regions.adoption import FETCH_BYTES_MAX, FETCH_SECONDS_MAX
 from regions.claims import Claims
@@ -92,7 +94,7 @@ class _Overtaken(OutcomeUnknown):
 class LocalStore(ThreadStore, Protocol):
     """This region's own store, behind its serial writer."""
 
-    async def submit(self, operation: base.Operation) -> Any: ...
+    async def submit(self, operation: replication.Operation) -> Any: ...
 
 
 class CoordinatorLimits(msgspec.Struct, frozen=True):
@@ -241,7 +243,7 @@ class Coordinator:
                 f"durable in {1 + len(held)} regions, {1 + others} were asked for; retry with the same ids"
             )
 
-    async def resubmit_here(self, operation: base.Resubmit) -> Sequence[tuple[str, Fate]]:
+    async def resubmit_here(self, operation: replication.Resubmit) -> Sequence[tuple[str, Fate]]:
         """Entries saved from an older epoch, for a group that this region holds; answered once a majority has
         them."""
         others = self._others("quorum")
@@ -251,7 +253,7 @@ class Coordinator:
         except base.Recovering:
             await self._failover.recover(operation.thread_id)
             outcome = await self._local.submit(operation)
-        assert isinstance(outcome, base.Resubmitted)
+        assert isinstance(outcome, replication.Resubmitted)
         if others:
             await self._await_others(outcome.written.row, outcome.written.row.v, others)
         return outcome.fates
@@ -310,7 +312,7 @@ class Coordinator:
                     reason: base.StoreError = error
                     overtaken |= row.holder != self._topology.region  # which may have written it first
                     if error.group.epoch > row.epoch:
-                        await self._local.submit(base.AdoptGroup(error.group))
+                        await self._local.submit(replication.AdoptGroup(error.group))
                         continue
                 except _Overtaken as error:
                     # The new holder may have adopted it or not. What it recognises by its ids can be written again.
@@ -664,9 +666,9 @@ class Coordinator:
             return False
         known = self._log.groups.get(group.group)
         if known is None or known.epoch < group.epoch:
-            await self._local.submit(base.AdoptGroup(group))
+            await self._local.submit(replication.AdoptGroup(group))
         delta = ThreadDelta(part.row.id, part.base_v, part.base_hash, part.entries, part.row.v)
-        operation = base.ApplyDelta(group.group, group.epoch, source, delta, ordered=group.holder == source)
+        operation = replication.ApplyDelta(group.group, group.epoch, source, delta, ordered=group.holder == source)
         try:
             answer = await self._local.submit(operation)
         except base.Fenced as error:

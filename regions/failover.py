@@ -22,8 +22,18 @@ import msgspec
 from infra.clock import Clock
 from infra.singleflight import SingleFlight
 from origin.log import bucket_of
-from origin.store import base
-from origin.store.base import GroupRow, Head, Promised, Recovery, ReplicaLog, StoreError, Unavailable
+from origin.store import base, replication
+from origin.store.base import (
+    StoreError,
+    Unavailable,
+)
+from origin.store.replication import (
+    GroupRow,
+    Head,
+    Promised,
+    Recovery,
+    ReplicaLog,
+)
 from regions.adoption import Adopter, SourceLacks, Submit
 from regions.inventory import ask_heads
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
@@ -226,7 +236,7 @@ class Failover:
         if message.config_version < self._topology.number:
             # Its majority may be one of members that are no longer: it learns the newer record by a greeting.
             raise Unavailable(f"region {message.region} asks under an outdated membership record")
-        asked = base.Promise(message.group, message.epoch, message.region, message.incarnation)
+        asked = replication.Promise(message.group, message.epoch, message.region, message.incarnation)
         outcome = await self._submit(asked)
         assert isinstance(outcome, Promised)
         left = self._limits.lease_s - (self._clock.monotonic() - self._answered.get(message.group, self._started))
@@ -327,7 +337,7 @@ class Failover:
                 top = self._outbid_by[group] = max(top, error.row.promised)
                 reason = str(error)
                 if error.row.epoch > (row.epoch if row is not None else 0):
-                    await self._submit(base.AdoptGroup(error.row))
+                    await self._submit(replication.AdoptGroup(error.row))
                 if not asked_for:
                     # Whoever was promised more is about to win, and asking again would take the group from it.
                     raise PromotionFailed(f"group {group}: {reason}") from error
@@ -353,7 +363,7 @@ class Failover:
             if self._log.peers.get(region, "") > answer.incarnation:
                 raise SourceLacks(f"region {region} lost the disk that promised")
         ours = {head.thread_id: head for head in await self._log.heads(group, self._buckets(inventory))}
-        win = base.Win(
+        win = replication.Win(
             group,
             epoch,
             recoveries=tuple(
@@ -433,7 +443,7 @@ class Failover:
 
     async def _submit_own(self, group: str, epoch: int) -> PromiseAnswer:
         region = self._topology.region
-        outcome = await self._submit(base.Promise(group, epoch, region, self._log.incarnation))
+        outcome = await self._submit(replication.Promise(group, epoch, region, self._log.incarnation))
         assert isinstance(outcome, Promised)
         return PromiseAnswer(granted=outcome.granted, row=outcome.row, incarnation=self._log.incarnation)
 

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from typing import Final
 
 from origin.log import bucket_of
-from origin.store.base import Head, ReplicaLog
+from origin.store.replication import (
+    Head,
+    ReplicaLog,
+)
 from regions.peer_client import PeerTransport
 from regions.peer_wire import AskHeads, HeadsAnswer
 from regions.topology import Topology

@@ -15,8 +15,13 @@ import random
 from typing import Any, Final
 
 from infra.clock import Clock
-from origin.store import base
-from origin.store.base import GroupRow, Head, ReplicaLog, StoreError
+from origin.store import replication
+from origin.store.base import StoreError
+from origin.store.replication import (
+    GroupRow,
+    Head,
+    ReplicaLog,
+)
 from regions.adoption import Adopter, SourceLacks, Submit
 from regions.inventory import ask_heads
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
@@ -106,14 +111,14 @@ class Joining:
             if self._topology.region not in {it.name for it in newest.members if it.role != "removed"}:
                 self.reason = "its cluster does not know it yet: weft regions add"
                 return
-            await self._submit(base.Configure(newest))
-            await self._submit(base.Settle("learner"))
+            await self._submit(replication.Configure(newest))
+            await self._submit(replication.Settle("learner"))
             return
         answers = [answer for answer in found if same_members(answer.record, ours)]
         mine = self._log.incarnation
         if any(answer.knew_another or answer.known > mine for answer in answers):
             _logger.warning("this region had another disk before: it has to learn what the cluster knows")
-            await self._submit(base.Settle("learner"))
+            await self._submit(replication.Settle("learner"))
             return
         # Who is new itself can't have relied on a disk before this one; nor can a voter that was founded with this
         # very disk. And when everybody answers and nobody knew another, there was none that mattered: a region is
@@ -127,10 +132,10 @@ class Joining:
         voters = sum(answer.standing == "voter" for answer in answers)
         if 1 + len(vouching) >= self._topology.majority:
             founders = tuple(sorted({**vouching, self._topology.region: mine}.items()))
-            await self._submit(base.Configure(ours))
-            await self._submit(base.Settle("voter", founders))
+            await self._submit(replication.Configure(ours))
+            await self._submit(replication.Settle("voter", founders))
         elif voters >= self._needed() and self._clock.monotonic() - self._began > GRACE_S:
-            await self._submit(base.Settle("learner"))
+            await self._submit(replication.Settle("learner"))
         else:
             self.reason = (
                 f"a new region needs {self._topology.majority} of {len(self._topology.members)} regions to begin; "
@@ -171,7 +176,7 @@ class Joining:
         if newest > self._log.incarnation:
             # The clock of this machine is behind the lost one's: take a later place in the order.
             later = f"{int(newest[:12], 16) + 1:012x}{self._log.incarnation[12:]}"
-            await self._submit(base.Settle("learner", incarnation=later))
+            await self._submit(replication.Settle("learner", incarnation=later))
             return
         if len(answers) < needed:
             faults = "; ".join(str(it) for it in results if isinstance(it, Exception))
@@ -181,14 +186,14 @@ class Joining:
         # when it reads the same, or settings edited later would count for it once more at the next start.
         record = max((answer.record for answer in answers.values()), key=_order, default=self._topology.record)
         if self._log.record is None or record.order > self._topology.record.order:
-            await self._submit(base.Configure(record))
+            await self._submit(replication.Configure(record))
             return
         for answer in answers.values():
             for row in answer.groups:
-                await self._submit(base.LearnPromise(row))
+                await self._submit(replication.LearnPromise(row))
         for group, row in sorted(self._log.groups.items()):
             await self._learn_group(row, {region: answer.digests.get(group, ()) for region, answer in answers.items()})
-        await self._submit(base.Settle("voter"))
+        await self._submit(replication.Settle("voter"))
 
     async def _ask(self, region: str) -> RejoinAnswer:
         return await self._transport.call(
@@ -231,5 +236,5 @@ class Joining:
         }
 
 
-def _order(record: base.Record) -> tuple[int, int]:
+def _order(record: replication.Record) -> tuple[int, int]:
     return record.order

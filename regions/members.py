@@ -21,7 +21,7 @@ from infra.development import DataFolder, NoCluster
 from infra.identity import IdentityKeyError
 from infra.settings import Settings
 from infra.tables import print_table
-from origin.store.base import Record
+from origin.store.replication import Record
 from regions.local import Plan, address
 from regions.operator import Operated, Operator, Place, RegionFault, Seen
 from regions.options import config_option, data_option, json_option

@@ -18,8 +18,13 @@ from typing import Any, Final
 import msgspec
 
 from infra.clock import Clock
-from origin.store import base
-from origin.store.base import Member, Record, ReplicaLog, StoreError
+from origin.store import replication
+from origin.store.base import StoreError
+from origin.store.replication import (
+    Member,
+    Record,
+    ReplicaLog,
+)
 from regions.adoption import Submit
 from regions.failover import Failover, PromotionFailed
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
@@ -90,9 +95,9 @@ class Membership:
 
     # ------------------------------------------------------------ following
 
-    def committed(self, operations: Sequence[base.Operation]) -> None:
+    def committed(self, operations: Sequence[replication.Operation]) -> None:
         """The writer's hook: a record that is on disk here is followed at once."""
-        if any(isinstance(operation, base.Configure) for operation in operations):
+        if any(isinstance(operation, replication.Configure) for operation in operations):
             record = self._log.record
             if record is not None and record.order >= self._topology.record.order:
                 self._topology.adopt(record)
@@ -214,7 +219,7 @@ class Membership:
             # already, and be of its epoch: one made on top of it here would have the number of the next it makes.
             raise ChangeRefused("another region took the first group over")
         marks_of(record)
-        await self._submit(base.Configure(record))
+        await self._submit(replication.Configure(record))
         self._topology.adopt(record)
         await self._follow()
         _logger.warning(

@@ -13,8 +13,11 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from infra.metrics import Metrics
-from origin.store import base
-from origin.store.base import GroupRow, StoreStatistics
+from origin.store import replication
+from origin.store.replication import (
+    GroupRow,
+    StoreStatistics,
+)
 from origin.store.sqlite import SqliteStore
 from regions.node import Node
 from regions.replication_target import TargetStatistics
@@ -128,7 +131,7 @@ def _add_groups(metrics: Metrics, node: Node) -> None:
         "weft_standing",
         "1 for what this region is among the others: a voter, a learner, or a virgin disk.",
         ("standing",),
-        lambda: {(name,): float(log.standing == name) for name in get_args(base.Standing)},
+        lambda: {(name,): float(log.standing == name) for name in get_args(replication.Standing)},
     )
 
 

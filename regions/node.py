@@ -18,7 +18,7 @@ import msgspec
 
 from infra.clock import Clock
 from origin.feed import Feed
-from origin.store import base
+from origin.store import base, replication
 from origin.writer import QUEUE_DEADLINE_S, QUEUE_MAX, BatchedWriter, Engine
 from regions.adoption import Adopter
 from regions.coordinator import Coordinator, CoordinatorLimits
@@ -103,7 +103,7 @@ async def open_node(
             limits=limits.replication,
         )
 
-        def committed(operations: Sequence[base.Operation], outcomes: Sequence[base.Outcome]) -> None:
+        def committed(operations: Sequence[replication.Operation], outcomes: Sequence[replication.Outcome]) -> None:
             membership.committed(operations)
             replicator.committed(operations, outcomes)
             feed.notify()
@@ -213,7 +213,7 @@ async def _trim(writer: BatchedWriter, feed_rows_max: int, clock: Clock) -> None
         await clock.sleep(TRIM_SECONDS)
         try:
             before_us = int((clock.time() - KEYS_KEPT_S) * 1_000_000)
-            await writer.submit(base.Trim(before_us, feed_rows_max))
+            await writer.submit(replication.Trim(before_us, feed_rows_max))
         except base.StoreError as error:
             _logger.warning("housekeeping has to wait: %s", error)
 

@@ -31,7 +31,7 @@ from infra.problem import Problem, problem_response
 from infra.server import Lifecycle
 from infra.trace import current_trace_id
 from origin.feed import feed_line
-from origin.store import base
+from origin.store import replication
 from origin.store.base import StoreError
 from regions.failover import PromotionFailed
 from regions.membership import ChangeRefused
@@ -257,7 +257,7 @@ class PeerApi:
     async def _repair(self, request: web.Request) -> web.Response:
         """Compare every group held here with every peer, at once, and release parked threads."""
         caller = self._caller(request, "operator")
-        unparked = await self._node.writer.submit(base.Unpark(None))
+        unparked = await self._node.writer.submit(replication.Unpark(None))
         self._node.replicator.look_again()
         compared: list[object] = []
         faults: dict[str, str] = {}

@@ -14,8 +14,12 @@ from typing import Any, Final
 import msgspec
 
 from origin.feed import Feed
-from origin.store import base
-from origin.store.base import ApplyAnswer, ReplicaLog, StoreError
+from origin.store import base, replication
+from origin.store.base import StoreError
+from origin.store.replication import (
+    ApplyAnswer,
+    ReplicaLog,
+)
 from origin.thread import ClaimBody
 from origin.writer import BatchedWriter
 from regions.coordinator import Coordinator
@@ -134,14 +138,14 @@ class PeerService:
         known = log.peers.get(message.region, "")
         knew_another = known not in ("", message.incarnation) or message.region in log.replaced
         if message.record.order > self._topology.record.order and self._is_in(message.record):
-            await self._writer.submit(base.Configure(message.record))
+            await self._writer.submit(replication.Configure(message.record))
         if message.incarnation >= known and message.region in self._topology.members:
             for group in message.groups:
                 row = log.groups.get(group.group)
                 if row is not None and group.epoch > row.epoch:
-                    await self._writer.submit(base.AdoptGroup(group))
+                    await self._writer.submit(replication.AdoptGroup(group))
             if message.incarnation > known:
-                await self._writer.submit(base.MeetPeer(message.region, message.incarnation))
+                await self._writer.submit(replication.MeetPeer(message.region, message.incarnation))
             self._failover.answer_hello(message)
         return HelloAnswer(
             region=self._topology.region,
@@ -156,12 +160,12 @@ class PeerService:
             knew_another=knew_another,
         )
 
-    def _is_in(self, record: base.Record) -> bool:
+    def _is_in(self, record: replication.Record) -> bool:
         return any(member.name == self._topology.region for member in record.members)
 
     async def _take_record(self, message: TakeRecord) -> Acknowledged:
         if self._is_in(message.record):
-            await self._writer.submit(base.Configure(message.record))
+            await self._writer.submit(replication.Configure(message.record))
         if self._topology.record.order < message.record.order:
             raise base.Unavailable(f"region {self._topology.region} does not take the membership record")
         return Acknowledged()
@@ -172,7 +176,7 @@ class PeerService:
         if message.region not in self._topology.members:
             raise base.Unavailable(f"region {message.region} is not a member of this cluster, or not yet")
         if self._log.standing == "voter":
-            await self._writer.submit(base.MeetPeer(message.region, message.incarnation))
+            await self._writer.submit(replication.MeetPeer(message.region, message.incarnation))
         groups = tuple(self._log.groups.values())
         return RejoinAnswer(
             incarnation=self._log.incarnation,
@@ -187,10 +191,12 @@ class PeerService:
         known = self._log.groups.get(message.group)
         if known is not None and message.epoch > known.epoch:
             await self._writer.submit(
-                base.AdoptGroup(base.GroupRow(message.group, message.epoch, message.region, message.epoch))
+                replication.AdoptGroup(
+                    replication.GroupRow(message.group, message.epoch, message.region, message.epoch)
+                )
             )
         outcomes = await self._writer.submit_many(
-            [base.ApplyDelta(message.group, message.epoch, message.region, delta) for delta in message.threads]
+            [replication.ApplyDelta(message.group, message.epoch, message.region, delta) for delta in message.threads]
         )
         if any(delta.access is not None for delta in message.threads):
             # To its holder this answer says that the thread can't be read here any more; so it can't from an edge.
@@ -276,17 +282,17 @@ class PeerService:
         return DigestsAnswer(digests=tuple(await self._log.digests(message.group)))
 
     async def _disown(self, message: DisownThreads) -> Acknowledged:
-        await self._writer.submit(base.Disown(message.group, message.epoch, message.thread_ids))
+        await self._writer.submit(replication.Disown(message.group, message.epoch, message.thread_ids))
         return Acknowledged()
 
     async def _submit_again(self, message: SubmitAgain) -> SubmitAgainAnswer:
         self._require_joined()
-        operation = base.Resubmit(message.group, message.thread_id, message.region, message.entries)
+        operation = replication.Resubmit(message.group, message.thread_id, message.region, message.entries)
         return SubmitAgainAnswer(fates=tuple(await self._coordinator.resubmit_here(operation)))
 
 
-def _result(outcome: base.Outcome) -> ApplyAnswer | Fault:
+def _result(outcome: replication.Outcome) -> ApplyAnswer | Fault:
     if isinstance(outcome, StoreError):
         return to_fault(outcome)
-    assert isinstance(outcome, base.Applied | base.Gap | base.Diverged | base.Refused)
+    assert isinstance(outcome, replication.Applied | replication.Gap | replication.Diverged | replication.Refused)
     return outcome

@@ -15,17 +15,19 @@ import msgspec
 from infra.identity import WIRE
 from origin.store import base
 from origin.store.base import (
+    LogSlice,
+    StoreError,
+    Write,
+    Written,
+)
+from origin.store.replication import (
     ApplyAnswer,
     Fate,
     GroupRow,
     Head,
-    LogSlice,
     Record,
     Standing,
-    StoreError,
     ThreadDelta,
-    Write,
-    Written,
 )
 from origin.thread import ClaimBody, Entry, Version
 

@@ -18,8 +18,12 @@ from typing import Any, Final
 import msgspec
 
 from infra.clock import Clock
-from origin.store import base
-from origin.store.base import Head, ReplicaLog, StoreError
+from origin.store import replication
+from origin.store.base import StoreError
+from origin.store.replication import (
+    Head,
+    ReplicaLog,
+)
 from origin.thread import ZERO_HASH, entry_is_sound
 from regions.adoption import Submit
 from regions.inventory import ask_heads
@@ -218,7 +222,7 @@ class Repair:
                     damaged.append(thread_id)
             for start in range(0, len(offered), OFFERS_AT_ONCE):
                 part = tuple(offered[start : start + OFFERS_AT_ONCE])
-                await self._submit(base.Offer(group, peer, part))
+                await self._submit(replication.Offer(group, peer, part))
             if disowned:
                 await self._call(
                     peer, "/peer/disown", DisownThreads, Acknowledged,

@@ -23,8 +23,16 @@ from infra.clock import Clock
 from infra.retry import Breaker, RetryEvent, retrying
 from infra.trace import current_trace
 from infra.trace import parse as parse_trace
-from origin.store import base
-from origin.store.base import Applied, Diverged, Gap, GroupRow, Refused, ReplicaLog, ThreadDelta
+from origin.store import base, replication
+from origin.store.replication import (
+    Applied,
+    Diverged,
+    Gap,
+    GroupRow,
+    Refused,
+    ReplicaLog,
+    ThreadDelta,
+)
 from origin.thread import Entry
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import Fault, Hello, HelloAnswer, Replicate, ReplicateAnswer
@@ -41,7 +49,7 @@ FENCED_PAUSE_S: Final = 0.1
 SETTLE_THREADS_MAX: Final = 65_536
 SWEEP_SECONDS: Final = 5.0
 
-Submit = Callable[[base.Operation], Awaitable[Any]]
+Submit = Callable[[replication.Operation], Awaitable[Any]]
 
 _logger = logging.getLogger(__name__)
 
@@ -78,11 +86,11 @@ class Heard(msgspec.Struct, frozen=True):
     at: float
     """When the peer last answered, be it this heartbeat or a delivery since: whom heartbeats are late to reach
     because much is sent to it is not out of reach."""
-    standing: base.Standing
+    standing: replication.Standing
     incarnation: str
     groups: dict[str, GroupRow]
     held: frozenset[str]
-    record: base.Record
+    record: replication.Record
 
 
 class _Dirty(msgspec.Struct):
@@ -446,7 +454,7 @@ class Target:
         self._failures += 1
         self._last_error = str(event.error)
 
-    async def _settle_thread(self, delta: ThreadDelta, dirty: _Dirty, result: base.ApplyAnswer | Fault) -> None:
+    async def _settle_thread(self, delta: ThreadDelta, dirty: _Dirty, result: replication.ApplyAnswer | Fault) -> None:
         match result:
             case Applied(v=v):
                 if v >= self.unflushed(delta.id):
@@ -504,7 +512,7 @@ class Target:
             self.region,
             extra={"fields": {"thread": thread_id, "error": error, "parked": parked}},
         )
-        await self._submit(base.Postpone(self.region, thread_id, error, self._clock.time() + delay, parked))
+        await self._submit(replication.Postpone(self.region, thread_id, error, self._clock.time() + delay, parked))
         if not parked:
             self._look_again_soon(delay)
 
@@ -529,7 +537,7 @@ class Target:
             while self._acked:
                 acked = dict(self._acked)
                 threads = tuple((thread_id, it.v, it.hash) for thread_id, it in acked.items())
-                await self._submit(base.Acknowledge(self.region, threads))
+                await self._submit(replication.Acknowledge(self.region, threads))
                 for thread_id, it in acked.items():
                     if self._acked.get(thread_id) is it:
                         del self._acked[thread_id]
@@ -619,7 +627,7 @@ class Target:
         )
         ours = self._topology.record
         if answer.record.order > ours.order and _knows(answer.record, self._topology.region):
-            await self._submit(base.Configure(answer.record))
+            await self._submit(replication.Configure(answer.record))
         # Two records of one place in their order were never both this cluster's: a typo in somebody's settings.
         self._misconfigured = answer.record.order == ours.order and not same_members(answer.record, ours)
         if self._misconfigured:
@@ -629,7 +637,7 @@ class Target:
         for group in answer.groups:
             known = log.groups.get(group.group)
             if known is None or group.epoch > known.epoch:
-                await self._submit(base.AdoptGroup(group))
+                await self._submit(replication.AdoptGroup(group))
         if answer.known > log.incarnation:
             self._last_error = "it knows a newer disk of this region: this one is a copy that should be stopped"
             return
@@ -638,7 +646,7 @@ class Target:
             self._last_error = "an older incarnation of it than is known answers"
             return
         if answer.incarnation > known_incarnation:
-            await self._submit(base.MeetPeer(self.region, answer.incarnation))
+            await self._submit(replication.MeetPeer(self.region, answer.incarnation))
             self._more = True
         was_away = not self.reachable
         heard = Heard(
@@ -668,5 +676,5 @@ class Target:
             self.look_again()
 
 
-def _knows(record: base.Record, region: str) -> bool:
+def _knows(record: replication.Record, region: str) -> bool:
     return any(member.name == region for member in record.members)

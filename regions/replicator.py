@@ -12,8 +12,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from infra.clock import Clock
-from origin.store import base
-from origin.store.base import ReplicaLog
+from origin.store import base, replication
+from origin.store.replication import ReplicaLog
 from origin.thread import Entry
 from regions.peer_client import PeerTransport
 from regions.replication_target import Heard, ReplicationLimits, Submit, Target, TargetStatistics
@@ -107,22 +107,22 @@ class Replicator:
                     target.start()
         await asyncio.gather(*(target.close() for target in gone))
 
-    def committed(self, operations: Sequence[base.Operation], outcomes: Sequence[base.Outcome]) -> None:
+    def committed(self, operations: Sequence[replication.Operation], outcomes: Sequence[replication.Outcome]) -> None:
         """Hand what a batch appended here as holder to every target."""
         for operation, outcome in zip(operations, outcomes, strict=True):
             match operation, outcome:
                 case base.Write(), base.Written():
                     marks = () if outcome.mark is None else (outcome.mark,)
                     self._offer(outcome, marks, operation.traceparent)
-                case base.Resubmit(), base.Resubmitted(written):
+                case replication.Resubmit(), replication.Resubmitted(written):
                     self._offer(written, (), "")
-                case base.Win(), None:
+                case replication.Win(), None:
                     self._begin_epoch(operation.group)
-                case base.AdoptGroup(), None if not self._log.is_holder(operation.group.group):
+                case replication.AdoptGroup(), None if not self._log.is_holder(operation.group.group):
                     self._begin_epoch(operation.group.group)
-                case ((base.Offer() | base.ApplyDelta()), _) if isinstance(operation, base.Offer) or (
-                    self._log.is_holder(operation.group)
-                ):
+                case ((replication.Offer() | replication.ApplyDelta()), _) if isinstance(
+                    operation, replication.Offer
+                ) or (self._log.is_holder(operation.group)):
                     self.look_again()  # owed by the operation itself: what repair or a recovery found
                 case _:
                     pass
@@ -224,7 +224,7 @@ class Replicator:
 
 
 def statistics_json(
-    statistics: Mapping[str, TargetStatistics], backlogs: Mapping[str, base.Backlog]
+    statistics: Mapping[str, TargetStatistics], backlogs: Mapping[str, replication.Backlog]
 ) -> dict[str, object]:
     """Peers as `GET /peer/status` shows them."""
     return {

@@ -15,8 +15,12 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from infra.clock import Clock
-from origin.store import base
-from origin.store.base import Fate, ReplicaLog, StoreError
+from origin.store import base, replication
+from origin.store.base import StoreError
+from origin.store.replication import (
+    Fate,
+    ReplicaLog,
+)
 from origin.thread import Entry
 from regions.adoption import Submit
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
@@ -29,7 +33,7 @@ BYTES_AT_ONCE: Final = 4 * 1024 * 1024
 SWEEP_S: Final = 1.0
 CALL_SECONDS_MAX: Final = 15.0
 
-ResubmitHere = Callable[[base.Resubmit], Awaitable[Sequence[tuple[str, Fate]]]]
+ResubmitHere = Callable[[replication.Resubmit], Awaitable[Sequence[tuple[str, Fate]]]]
 
 _logger = logging.getLogger(__name__)
 
@@ -87,7 +91,7 @@ class Tails:
             return
         saved = await self._log.saved(limit=ENTRIES_AT_ONCE)
         self.waiting = len(saved)
-        threads: dict[str, list[base.Saved]] = {}
+        threads: dict[str, list[replication.Saved]] = {}
         for one in saved:
             threads.setdefault(one.thread_id, []).append(one)
         for thread_id, entries in threads.items():
@@ -118,7 +122,7 @@ class Tails:
         if saved:
             buried = {entry_id for entry_id, fate in fates if fate == "buried"}
             back = {entry_id for entry_id, _ in fates} - buried
-            await self._submit(base.Release(thread_id, tuple(sorted(back)), tuple(sorted(buried))))
+            await self._submit(replication.Release(thread_id, tuple(sorted(back)), tuple(sorted(buried))))
             _logger.warning(
                 "saved entries were submitted again",
                 extra={"fields": {"thread": thread_id, "back": len(back), "buried": len(buried)}},
@@ -128,7 +132,7 @@ class Tails:
     async def _at_holder(self, thread_id: str, group: str, entries: tuple[Entry, ...]) -> Sequence[tuple[str, Fate]]:
         holder = self._log.groups[group].holder
         if holder == self._topology.region:
-            return await self._resubmit_here(base.Resubmit(group, thread_id, holder, entries))
+            return await self._resubmit_here(replication.Resubmit(group, thread_id, holder, entries))
         answer = await self._transport.call(
             holder,
             "/peer/submit-again",

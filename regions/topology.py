@@ -12,7 +12,10 @@ from typing import Final
 
 from origin.ids import carried_mark
 from origin.ids import marks_of as marks_of_names
-from origin.store.base import Member, Record
+from origin.store.replication import (
+    Member,
+    Record,
+)
 from origin.thread import CLAIMS_PREFIX
 
 EPOCHS_PER_ROUND: Final = 1_000

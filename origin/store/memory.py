@@ -18,8 +18,12 @@ from infra.identity import Principal
 from origin import log
 from origin.access import may_read
 from origin.groups import Cluster, founding
-from origin.store import base
-from origin.store.base import LOCAL, Access, Applied, GroupRow, Outcome, Refused, StoreError, Written
+from origin.store import base, replication
+from origin.store.base import (
+    LOCAL,
+    StoreError,
+    Written,
+)
 from origin.store.memory_outbox import Outbox
 from origin.store.queries import (
     after_seq,
@@ -32,6 +36,13 @@ from origin.store.queries import (
     text_of,
     tokens,
     words,
+)
+from origin.store.replication import (
+    Access,
+    Applied,
+    GroupRow,
+    Outcome,
+    Refused,
 )
 from origin.thread import DIGEST_BUCKETS, ENTRIES_PER_THREAD_MAX, ZERO_HASH, CreateBody, Entry, Row, Version, fold
 
@@ -125,7 +136,7 @@ class MemoryStore:
         self._holds: dict[str, Access] = {}
         self._touched: dict[str, _Touched] = {}
         self._outbox = Outbox(member for member in members if member != region)
-        self._saved: dict[tuple[str, bytes], base.Saved] = {}
+        self._saved: dict[tuple[str, bytes], replication.Saved] = {}
         """By thread and hash of the entry."""
         self._keys: dict[tuple[str, str, str], _Keyed] = {}
         self._digests: dict[tuple[str, int], int] = {}
@@ -141,11 +152,11 @@ class MemoryStore:
         return self._cluster.rows
 
     @property
-    def standing(self) -> base.Standing:
+    def standing(self) -> replication.Standing:
         return self._cluster.standing
 
     @property
-    def record(self) -> base.Record | None:
+    def record(self) -> replication.Record | None:
         return self._cluster.record
 
     @property
@@ -161,7 +172,7 @@ class MemoryStore:
         return self._cluster.replaced
 
     @property
-    def unrecovered(self) -> Mapping[str, base.Recovery]:
+    def unrecovered(self) -> Mapping[str, replication.Recovery]:
         return self._cluster.unrecovered
 
     def is_holder(self, group: str) -> bool:
@@ -176,7 +187,7 @@ class MemoryStore:
 
     # ------------------------------------------------------------ writing
 
-    async def commit(self, operations: Sequence[base.Operation]) -> Sequence[Outcome]:
+    async def commit(self, operations: Sequence[replication.Operation]) -> Sequence[Outcome]:
         outcomes = [self._carry_out(operation) for operation in operations]
         self._finish()
         position = self._position
@@ -192,43 +203,43 @@ class MemoryStore:
         assert isinstance(outcome, Written)
         return outcome
 
-    def _carry_out(self, operation: base.Operation) -> Outcome:
+    def _carry_out(self, operation: replication.Operation) -> Outcome:
         """One operation. Each decides before it changes anything, so a failed one has changed nothing."""
         try:
             match operation:
                 case base.Write():
                     return self._write(operation)
-                case base.ApplyDelta():
+                case replication.ApplyDelta():
                     return self._apply(operation)
-                case base.Resubmit():
+                case replication.Resubmit():
                     return self._resubmit(operation)
-                case base.Disown():
+                case replication.Disown():
                     return self._disown(operation)
-                case base.Release():
+                case replication.Release():
                     return self._release(operation)
-                case base.Acknowledge():
+                case replication.Acknowledge():
                     return self._acknowledge(operation)
-                case base.Postpone():
+                case replication.Postpone():
                     return self._outbox.postpone(operation)
-                case base.Offer():
+                case replication.Offer():
                     return self._offer(operation)
-                case base.Unpark():
+                case replication.Unpark():
                     return self._outbox.unpark(operation.target)
-                case base.Promise():
+                case replication.Promise():
                     return self._cluster.promise(operation)
-                case base.Win():
+                case replication.Win():
                     return self._win(operation)
-                case base.AdoptGroup():
+                case replication.AdoptGroup():
                     return self._adopt(operation.group)
-                case base.LearnPromise():
+                case replication.LearnPromise():
                     return self._cluster.learn(operation)
-                case base.MeetPeer():
+                case replication.MeetPeer():
                     return self._meet(operation)
-                case base.Configure():
+                case replication.Configure():
                     return self._configure(operation.record)
-                case base.Settle():
+                case replication.Settle():
                     return self._settle(operation)
-                case base.Trim():
+                case replication.Trim():
                     return self._trim(operation)
         except StoreError as error:
             return error
@@ -293,7 +304,7 @@ class MemoryStore:
             raise base.Fenced(group.promised)
         return group
 
-    def _apply(self, operation: base.ApplyDelta) -> base.ApplyAnswer:
+    def _apply(self, operation: replication.ApplyDelta) -> replication.ApplyAnswer:
         delta = operation.delta
         group = self._cluster.rows.get(operation.group)
         if group is None:
@@ -342,10 +353,10 @@ class MemoryStore:
     def _save(self, row: Row, entries: Iterable[Entry]) -> None:
         for entry in entries:
             if entry.kind != "term":
-                saved = base.Saved(row.id, row.group, entry, self._now_us())
+                saved = replication.Saved(row.id, row.group, entry, self._now_us())
                 self._saved.setdefault((row.id, entry.hash), saved)
 
-    def _finish_recovery(self, recovery: base.Recovery) -> None:
+    def _finish_recovery(self, recovery: replication.Recovery) -> None:
         """Once the log found by the election is here, whole, the thread is served again and offered to everyone.
 
         Offered, not owed from where this log was before: that place may lie behind what was adopted, and would
@@ -362,7 +373,7 @@ class MemoryStore:
         else:
             self._outbox.offer_to_all(head.thread_id, thread.row.v, self._now_us())
 
-    def _hold(self, thread_id: str, access: Access | None, answer: base.ApplyAnswer | None) -> None:
+    def _hold(self, thread_id: str, access: Access | None, answer: replication.ApplyAnswer | None) -> None:
         """Keep an access record that the log has not got to, so that it takes effect at once."""
         if access is None or (isinstance(answer, Applied) and answer.v >= access.seq):
             return
@@ -378,7 +389,7 @@ class MemoryStore:
 
     # ------------------------------------------------------------ what failovers leave behind
 
-    def _resubmit(self, operation: base.Resubmit) -> base.Resubmitted:
+    def _resubmit(self, operation: replication.Resubmit) -> replication.Resubmitted:
         thread = self._threads.get(operation.thread_id)
         row = thread.row if thread is not None else None
         group = self._held_group(row.group if row is not None else operation.group)
@@ -399,9 +410,9 @@ class MemoryStore:
             base_v=row.v if row is not None else 0,
             base_hash=row.head_hash if row is not None else ZERO_HASH,
         )
-        return base.Resubmitted(written, plan.fates)
+        return replication.Resubmitted(written, plan.fates)
 
-    def _disown(self, operation: base.Disown) -> None:
+    def _disown(self, operation: replication.Disown) -> None:
         """Save whole logs that the group's holder knows nothing of; they stay readable until theirs replace them."""
         group = self._cluster.rows.get(operation.group)
         if group is None or group.epoch != operation.epoch or group.promised != operation.epoch:
@@ -411,7 +422,7 @@ class MemoryStore:
             if thread is not None and thread.row.group == operation.group and thread.row.epoch < operation.epoch:
                 self._save(thread.row, thread.entries)
 
-    def _release(self, operation: base.Release) -> None:
+    def _release(self, operation: replication.Release) -> None:
         for key, saved in list(self._saved.items()):
             if saved.thread_id == operation.thread_id:
                 if saved.entry.id in operation.entry_ids:
@@ -464,13 +475,13 @@ class MemoryStore:
 
     # ------------------------------------------------------------ outbox, peers, groups, housekeeping
 
-    def _acknowledge(self, operation: base.Acknowledge) -> None:
+    def _acknowledge(self, operation: replication.Acknowledge) -> None:
         for thread_id, v, digest in operation.threads:
             thread = self._threads.get(thread_id)
             if thread is not None and v <= thread.row.v and (v == 0 or thread.hash_at(v) == digest):
                 self._outbox.acknowledge(operation.target, thread_id, v)
 
-    def _offer(self, operation: base.Offer) -> None:
+    def _offer(self, operation: replication.Offer) -> None:
         if operation.group in self._cluster.held:
             self._outbox.offer(operation.target, self._lengths(operation.thread_ids), self._now_us())
 
@@ -491,7 +502,7 @@ class MemoryStore:
     def _of_group(self, group: str) -> list[str]:
         return [id_ for id_, thread in self._threads.items() if thread.row.group == group]
 
-    def _win(self, operation: base.Win) -> None:
+    def _win(self, operation: replication.Win) -> None:
         if not self._cluster.win(operation):
             return
         self._outbox.forget(self._of_group(operation.group))
@@ -503,22 +514,22 @@ class MemoryStore:
         if self._cluster.adopt(group):
             self._outbox.forget(self._of_group(group.group))
 
-    def _configure(self, record: base.Record) -> None:
+    def _configure(self, record: replication.Record) -> None:
         if self._cluster.configure(record):
-            self._outbox.retarget(base.targets_of(record, self._region))
+            self._outbox.retarget(replication.targets_of(record, self._region))
 
-    def _meet(self, operation: base.MeetPeer) -> None:
+    def _meet(self, operation: replication.MeetPeer) -> None:
         """Offer a peer with another disk every thread this region orders."""
         if self._cluster.meet(operation.region, operation.incarnation):
             for group in sorted(self._cluster.held):
                 self._outbox.offer(operation.region, self._lengths(self._of_group(group)), self._now_us())
 
-    def _settle(self, operation: base.Settle) -> None:
+    def _settle(self, operation: replication.Settle) -> None:
         self._cluster.settle(operation)
         if operation.standing == "learner":
             self._outbox.forget(list(self._threads))
 
-    def _trim(self, operation: base.Trim) -> None:
+    def _trim(self, operation: replication.Trim) -> None:
         self._keys = {key: keyed for key, keyed in self._keys.items() if keyed.at_us >= operation.keys_before_us}
         excess = len(self._steps) - operation.feed_rows_max
         if excess > 0:
@@ -584,7 +595,7 @@ class MemoryStore:
 
     async def outbox(
         self, target: str, *, due_before: float, limit: int, skip: frozenset[str] = frozenset()
-    ) -> Sequence[base.OutboxRow]:
+    ) -> Sequence[replication.OutboxRow]:
         return self._outbox.due(target, due_before, limit, skip)
 
     async def unconfirmed(self, thread_id: str) -> Mapping[str, int]:
@@ -597,20 +608,20 @@ class MemoryStore:
         newest_first = (thread.entries[seq - 1] for seq in range(thread.row.v, max(after, 0), -1))
         return log.access_change(thread.row, newest_first)
 
-    async def backlog(self, target: str) -> base.Backlog:
+    async def backlog(self, target: str) -> replication.Backlog:
         return self._outbox.backlog(target, self._now_us())
 
     async def digests(self, group: str) -> Sequence[int]:
         return [self._digests.get((group, bucket), 0) for bucket in range(DIGEST_BUCKETS)]
 
-    async def heads(self, group: str, buckets: frozenset[int]) -> Sequence[base.Head]:
+    async def heads(self, group: str, buckets: frozenset[int]) -> Sequence[replication.Head]:
         rows = (self._threads[thread_id].row for thread_id in sorted(self._of_group(group)))
-        return [base.Head(it.id, it.epoch, it.v, it.head_hash) for it in rows if log.bucket_of(it.id) in buckets]
+        return [replication.Head(it.id, it.epoch, it.v, it.head_hash) for it in rows if log.bucket_of(it.id) in buckets]
 
     async def owed(self, group: str) -> frozenset[str]:
         return frozenset(id_ for id_ in self._outbox.owed() if self._threads[id_].row.group == group)
 
-    async def saved(self, *, limit: int, buried: bool = False) -> Sequence[base.Saved]:
+    async def saved(self, *, limit: int, buried: bool = False) -> Sequence[replication.Saved]:
         found = [saved for saved in self._saved.values() if saved.buried == buried]
         threads = {saved.thread_id for saved in found[:limit]}
         return sorted((it for it in found if it.thread_id in threads), key=order_saved)
@@ -643,9 +654,9 @@ class MemoryStore:
     async def feed_bounds(self) -> tuple[int, int]:
         return self._floor, self._position
 
-    async def statistics(self) -> base.StoreStatistics:
+    async def statistics(self) -> replication.StoreStatistics:
         rows = [self._shown(thread) for thread in self._threads.values()]
-        return base.StoreStatistics(
+        return replication.StoreStatistics(
             threads=sum(not (row.deleted or row.internal) for row in rows),
             entries=sum(row.v for row in rows),
             position=self._position,

@@ -11,7 +11,12 @@ from typing import Final
 
 import msgspec
 
-from origin.store.base import POSTPONED_S_MAX, Backlog, OutboxRow, Postpone
+from origin.store.replication import (
+    POSTPONED_S_MAX,
+    Backlog,
+    OutboxRow,
+    Postpone,
+)
 
 ERROR_CHARS_MAX: Final = 500
 

@@ -16,7 +16,17 @@ from typing import Final, cast
 
 import msgspec
 
-from origin.store.base import PAGE_BYTES_MAX, BadCursor, Behind, Freshness, Listing, ListQuery, Moved, Saved, ThreadPage
+from origin.store.base import (
+    PAGE_BYTES_MAX,
+    BadCursor,
+    Behind,
+    Freshness,
+    Listing,
+    ListQuery,
+    Moved,
+    ThreadPage,
+)
+from origin.store.replication import Saved
 from origin.thread import Row, Version
 
 CURSOR_CHARS_MAX: Final = 4_096

@@ -25,8 +25,9 @@ import msgspec
 
 from infra.clock import SYSTEM_CLOCK, Clock
 from origin import log
-from origin.store.base import MOVED, Access
+from origin.store.base import MOVED
 from origin.store.bodies import BodyDamaged, BodyFiles
+from origin.store.replication import Access
 from origin.store.sqlite_rows import ENTRY_COLUMNS, KINDS, ROW_COLUMNS, SEQ_MASK, place, row_from
 from origin.thread import ZERO_HASH, Entry, Row, chain_hash, fold
 

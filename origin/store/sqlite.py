@@ -26,10 +26,15 @@ from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import Principal
 from infra.pool import Pool, PoolStatistics, PoolTimeout
 from origin.groups import founding
-from origin.store import base, sqlite_read
-from origin.store.base import LOCAL, Freshness, GroupRow, Written
+from origin.store import base, replication, sqlite_read
+from origin.store.base import (
+    LOCAL,
+    Freshness,
+    Written,
+)
 from origin.store.bodies import BodyDamaged, BodyFiles, make_folder
 from origin.store.queries import check_position
+from origin.store.replication import GroupRow
 from origin.store.sqlite_groups import save_group
 from origin.store.sqlite_write import SqliteWriter
 from origin.thread import Entry, Row
@@ -195,11 +200,11 @@ class SqliteStore:
         return self._writer.committed.groups
 
     @property
-    def standing(self) -> base.Standing:
+    def standing(self) -> replication.Standing:
         return self._writer.committed.standing
 
     @property
-    def record(self) -> base.Record | None:
+    def record(self) -> replication.Record | None:
         return self._writer.committed.record
 
     @property
@@ -215,7 +220,7 @@ class SqliteStore:
         return self._writer.committed.replaced
 
     @property
-    def unrecovered(self) -> Mapping[str, base.Recovery]:
+    def unrecovered(self) -> Mapping[str, replication.Recovery]:
         return self._writer.committed.unrecovered
 
     def is_holder(self, group: str) -> bool:
@@ -226,7 +231,7 @@ class SqliteStore:
 
     # ------------------------------------------------------------ writing
 
-    async def commit(self, operations: Sequence[base.Operation]) -> Sequence[base.Outcome]:
+    async def commit(self, operations: Sequence[replication.Operation]) -> Sequence[replication.Outcome]:
         loop = asyncio.get_running_loop()
         outcomes = await loop.run_in_executor(self._write_thread, self._writer.commit, operations)
         self._recent = self._writer.changes
@@ -292,31 +297,31 @@ class SqliteStore:
 
     async def outbox(
         self, target: str, *, due_before: float, limit: int, skip: frozenset[str] = frozenset()
-    ) -> Sequence[base.OutboxRow]:
+    ) -> Sequence[replication.OutboxRow]:
         return await self._read(sqlite_read.read_outbox, target, due_before, limit, skip)
 
     async def unconfirmed(self, thread_id: str) -> Mapping[str, int]:
         return await self._read(sqlite_read.read_unconfirmed, thread_id)
 
-    async def access(self, thread_id: str, after: int) -> base.Access | None:
+    async def access(self, thread_id: str, after: int) -> replication.Access | None:
         return await self._read(sqlite_read.read_access, self._bodies, thread_id, after)
 
-    async def backlog(self, target: str) -> base.Backlog:
+    async def backlog(self, target: str) -> replication.Backlog:
         return await self._read(sqlite_read.read_backlog, target, int(self._clock.time() * 1_000_000))
 
     async def digests(self, group: str) -> Sequence[int]:
         return await self._read(sqlite_read.read_digests, group)
 
-    async def heads(self, group: str, buckets: frozenset[int]) -> Sequence[base.Head]:
+    async def heads(self, group: str, buckets: frozenset[int]) -> Sequence[replication.Head]:
         return await self._read(sqlite_read.read_heads, group, buckets)
 
     async def owed(self, group: str) -> frozenset[str]:
         return await self._read(sqlite_read.read_owed, group)
 
-    async def saved(self, *, limit: int, buried: bool = False) -> Sequence[base.Saved]:
+    async def saved(self, *, limit: int, buried: bool = False) -> Sequence[replication.Saved]:
         return await self._read(sqlite_read.read_saved, limit, buried)
 
-    async def held_access(self) -> Mapping[str, base.Access]:
+    async def held_access(self) -> Mapping[str, replication.Access]:
         return await self._read(sqlite_read.read_held_access)
 
     async def changes(self, after: int, limit: int) -> Sequence[base.Change]:
@@ -329,7 +334,7 @@ class SqliteStore:
     async def feed_bounds(self) -> tuple[int, int]:
         return await self._read(sqlite_read.feed_bounds)
 
-    async def statistics(self) -> base.StoreStatistics:
+    async def statistics(self) -> replication.StoreStatistics:
         return await self._read(sqlite_read.read_statistics)
 
     async def _read(

@@ -12,8 +12,12 @@ import apsw
 import msgspec
 
 from origin.groups import Cluster, GroupState
-from origin.store import base
-from origin.store.base import GroupRow, Head, Recovery
+from origin.store import replication
+from origin.store.replication import (
+    GroupRow,
+    Head,
+    Recovery,
+)
 
 _GROUP: Final = "grp, epoch, holder, promised, candidate, candidate_incarnation, won"
 
@@ -39,9 +43,9 @@ class SqliteCluster(Cluster):
         ]
         super().__init__(region, meta["incarnation"], states)
         self._db = connection
-        self.standing = cast(base.Standing, meta["standing"])
+        self.standing = cast(replication.Standing, meta["standing"])
         self.founders = json.loads(meta.get("founders", "{}"))
-        self.record = msgspec.json.decode(meta["record"], type=base.Record) if "record" in meta else None
+        self.record = msgspec.json.decode(meta["record"], type=replication.Record) if "record" in meta else None
         peers = list(connection.execute("SELECT region, incarnation, replaced FROM peers ORDER BY region"))
         self.peers = {cast(str, peer): cast(str, incarnation) for peer, incarnation, _ in peers}
         self.replaced = frozenset(cast(str, peer) for peer, _, replaced in peers if replaced)
@@ -69,7 +73,7 @@ class SqliteCluster(Cluster):
         values = (region, incarnation, int(region in self.replaced))
         self._db.execute("INSERT OR REPLACE INTO peers VALUES(?, ?, ?)", values)
 
-    def keep_record(self, record: base.Record) -> None:
+    def keep_record(self, record: replication.Record) -> None:
         text = msgspec.json.encode(record).decode()
         self._db.execute("INSERT OR REPLACE INTO meta VALUES('record', ?)", (text,))
 

@@ -12,7 +12,7 @@ from typing import Final
 
 import apsw
 
-from origin.store import base
+from origin.store import replication
 
 ERROR_CHARS_MAX: Final = 500
 _MARK: Final = (
@@ -85,7 +85,7 @@ class SqliteOutbox:
         )
         self._db.execute("DELETE FROM outbox WHERE target = ? AND n = ? AND want_v <= ?", (target, n, v))
 
-    def postpone(self, n: int | None, operation: base.Postpone) -> None:
+    def postpone(self, n: int | None, operation: replication.Postpone) -> None:
         self._db.execute(
             "UPDATE outbox SET attempts = attempts + 1, next_at = ?, parked = ?, last_error = ? "
             "WHERE target = ? AND n = ?",

@@ -15,7 +15,7 @@ import msgspec
 from infra.identity import Principal
 from origin.access import may_read
 from origin.log import access_change
-from origin.store import base
+from origin.store import base, replication
 from origin.store.bodies import BodyFiles
 from origin.store.queries import after_seq, check_freshness, cut_page, decode_cursor, encode_cursor, order_saved, words
 from origin.store.sqlite_rows import (
@@ -200,15 +200,15 @@ def read_replay(
 
 def read_outbox(
     db: apsw.Connection, target: str, due_before: float, limit: int, skip: frozenset[str]
-) -> list[base.OutboxRow]:
+) -> list[replication.OutboxRow]:
     found = db.execute(
         "SELECT threads.id, want_v, acked_v, attempts, since_us, parked, last_error, offered "
         "FROM outbox JOIN threads ON threads.n = outbox.n "
         "WHERE target = ? AND parked = 0 AND (next_at <= ? OR next_at > ?) ORDER BY outbox.n LIMIT ?",
-        (target, due_before, due_before + base.POSTPONED_S_MAX, limit + len(skip)),
+        (target, due_before, due_before + replication.POSTPONED_S_MAX, limit + len(skip)),
     )
     rows = [
-        base.OutboxRow(target, id_, want_v, acked_v, attempts, since_us, bool(parked), last_error, bool(offered))
+        replication.OutboxRow(target, id_, want_v, acked_v, attempts, since_us, bool(parked), last_error, bool(offered))
         for id_, want_v, acked_v, attempts, since_us, parked, last_error, offered in found
         if id_ not in skip
     ]
@@ -224,7 +224,7 @@ def read_unconfirmed(db: apsw.Connection, thread_id: str) -> dict[str, int]:
     return {cast(str, target): cast(int, acked_v) for target, acked_v in found}
 
 
-def read_access(db: apsw.Connection, bodies: BodyFiles, thread_id: str, after: int) -> base.Access | None:
+def read_access(db: apsw.Connection, bodies: BodyFiles, thread_id: str, after: int) -> replication.Access | None:
     with _snapshot(db):
         found = db.execute(f"SELECT n, {ROW_COLUMNS} FROM threads WHERE id = ?", (thread_id,)).fetchone()
         if found is None:
@@ -237,7 +237,7 @@ def read_access(db: apsw.Connection, bodies: BodyFiles, thread_id: str, after: i
         return access_change(row, (entry_from(values, bodies) for values in changes))
 
 
-def read_backlog(db: apsw.Connection, target: str, now_us: int) -> base.Backlog:
+def read_backlog(db: apsw.Connection, target: str, now_us: int) -> replication.Backlog:
     [(threads, oldest_us, parked)] = db.execute(
         "SELECT count(*), min(since_us), coalesce(sum(parked), 0) FROM outbox WHERE target = ?", (target,)
     )
@@ -245,7 +245,7 @@ def read_backlog(db: apsw.Connection, target: str, now_us: int) -> base.Backlog:
         "SELECT last_error FROM outbox WHERE target = ? AND last_error IS NOT NULL LIMIT 1", (target,)
     ).fetchone()
     oldest_s = max(0.0, (now_us - oldest_us) / 1e6) if oldest_us is not None else 0.0
-    return base.Backlog(threads, oldest_s, parked, error[0] if error else None)
+    return replication.Backlog(threads, oldest_s, parked, error[0] if error else None)
 
 
 def read_digests(db: apsw.Connection, group: str) -> list[int]:
@@ -255,10 +255,10 @@ def read_digests(db: apsw.Connection, group: str) -> list[int]:
     return digests
 
 
-def read_heads(db: apsw.Connection, group: str, buckets: frozenset[int]) -> list[base.Head]:
+def read_heads(db: apsw.Connection, group: str, buckets: frozenset[int]) -> list[replication.Head]:
     with _snapshot(db):
         return [
-            base.Head(id_, epoch, v, hash_)
+            replication.Head(id_, epoch, v, hash_)
             for bucket in sorted(buckets)
             for id_, epoch, v, hash_ in db.execute(
                 "SELECT id, epoch, v, head_hash FROM threads WHERE grp = ? AND bucket = ? ORDER BY id", (group, bucket)
@@ -273,7 +273,7 @@ def read_owed(db: apsw.Connection, group: str) -> frozenset[str]:
     return frozenset(cast(str, id_) for (id_,) in found)
 
 
-def read_saved(db: apsw.Connection, limit: int, buried: bool) -> list[base.Saved]:
+def read_saved(db: apsw.Connection, limit: int, buried: bool) -> list[replication.Saved]:
     """Whole threads, so that a creation is never parted from what follows it."""
     found = db.execute(
         "SELECT thread_id, grp, entry, at_us, buried FROM saved WHERE buried = ? AND thread_id IN "
@@ -281,15 +281,15 @@ def read_saved(db: apsw.Connection, limit: int, buried: bool) -> list[base.Saved
         (int(buried), int(buried), limit),
     )
     saved = [
-        base.Saved(id_, group, msgspec.msgpack.decode(entry, type=Entry), at_us, bool(buried))
+        replication.Saved(id_, group, msgspec.msgpack.decode(entry, type=Entry), at_us, bool(buried))
         for id_, group, entry, at_us, buried in found
     ]
     return sorted(saved, key=order_saved)
 
 
-def read_held_access(db: apsw.Connection) -> dict[str, base.Access]:
+def read_held_access(db: apsw.Connection) -> dict[str, replication.Access]:
     return {
-        cast(str, id_): msgspec.msgpack.decode(cast(bytes, access), type=base.Access)
+        cast(str, id_): msgspec.msgpack.decode(cast(bytes, access), type=replication.Access)
         for id_, access in db.execute("SELECT thread_id, access FROM access_holds ORDER BY thread_id")
     }
 
@@ -315,9 +315,9 @@ def feed_bounds(db: apsw.Connection) -> tuple[int, int]:
         return first - 1, _position(db)
 
 
-def read_statistics(db: apsw.Connection) -> base.StoreStatistics:
+def read_statistics(db: apsw.Connection) -> replication.StoreStatistics:
     with _snapshot(db):
-        return base.StoreStatistics(
+        return replication.StoreStatistics(
             threads=cast(int, db.execute("SELECT count(*) FROM threads WHERE hidden = 0").get),
             entries=cast(int, db.execute("SELECT coalesce(sum(v), 0) FROM threads").get),
             position=_position(db),

@@ -16,8 +16,8 @@ import msgspec
 from infra.identity import Principal
 from origin.log import stricter
 from origin.store import base
-from origin.store.base import Access
 from origin.store.bodies import BodyFiles
+from origin.store.replication import Access
 from origin.thread import Entry, Kind, Row, Version
 
 SEQ_BITS: Final = 24

@@ -17,10 +17,22 @@ import apsw
 import msgspec
 
 from origin import log
-from origin.store import base, sqlite_rows
-from origin.store.base import Access, Applied, Diverged, Gap, GroupRow, Outcome, Refused, StoreError, Written
+from origin.store import base, replication, sqlite_rows
+from origin.store.base import (
+    StoreError,
+    Written,
+)
 from origin.store.bodies import BodyDamaged, BodyFiles
 from origin.store.queries import searchable, text_of
+from origin.store.replication import (
+    Access,
+    Applied,
+    Diverged,
+    Gap,
+    GroupRow,
+    Outcome,
+    Refused,
+)
 from origin.store.sqlite_groups import SqliteCluster
 from origin.store.sqlite_outbox import SqliteOutbox
 from origin.store.sqlite_rows import KIND_NUMBERS, ROW_COLUMNS, SEQ_MASK, place
@@ -86,11 +98,11 @@ class SqliteWriter:
         """Feed rows of the last commit."""
         self._load()
         if self._cluster.record is not None:
-            self._outbox.retarget(base.targets_of(self._cluster.record, region))
+            self._outbox.retarget(replication.targets_of(self._cluster.record, region))
         self.committed = self._cluster.view()
         """The cluster as last committed, for readers on other threads."""
 
-    def commit(self, operations: Sequence[base.Operation]) -> list[Outcome]:
+    def commit(self, operations: Sequence[replication.Operation]) -> list[Outcome]:
         """Carry out all operations in one transaction; when the engine fails, each alone."""
         try:
             return self._transaction(operations)
@@ -106,7 +118,7 @@ class SqliteWriter:
         self.changes = changes
         return outcomes
 
-    def _transaction(self, operations: Sequence[base.Operation]) -> list[Outcome]:
+    def _transaction(self, operations: Sequence[replication.Operation]) -> list[Outcome]:
         self.changes = []
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -123,7 +135,7 @@ class SqliteWriter:
                 self._db.execute("ROLLBACK")
             self._load()
             if self._cluster.record is not None:
-                self._outbox.retarget(base.targets_of(self._cluster.record, self._region))
+                self._outbox.retarget(replication.targets_of(self._cluster.record, self._region))
             raise
         position = self._position
         return [
@@ -131,42 +143,42 @@ class SqliteWriter:
             for outcome in outcomes
         ]
 
-    def _carry_out(self, operation: base.Operation) -> Outcome:
+    def _carry_out(self, operation: replication.Operation) -> Outcome:
         try:
             match operation:
                 case base.Write():
                     return self._write(operation)
-                case base.ApplyDelta():
+                case replication.ApplyDelta():
                     return self._apply(operation)
-                case base.Resubmit():
+                case replication.Resubmit():
                     return self._resubmit(operation)
-                case base.Disown():
+                case replication.Disown():
                     return self._disown(operation)
-                case base.Release():
+                case replication.Release():
                     return self._release(operation)
-                case base.Acknowledge():
+                case replication.Acknowledge():
                     return self._acknowledge(operation)
-                case base.Postpone():
+                case replication.Postpone():
                     return self._outbox.postpone(self._row(operation.thread_id)[0], operation)
-                case base.Offer():
+                case replication.Offer():
                     return self._offer(operation)
-                case base.Unpark():
+                case replication.Unpark():
                     return self._outbox.unpark(operation.target)
-                case base.Promise():
+                case replication.Promise():
                     return self._cluster.promise(operation)
-                case base.Win():
+                case replication.Win():
                     return self._win(operation)
-                case base.AdoptGroup():
+                case replication.AdoptGroup():
                     return self._adopt(operation.group)
-                case base.LearnPromise():
+                case replication.LearnPromise():
                     return self._cluster.learn(operation)
-                case base.MeetPeer():
+                case replication.MeetPeer():
                     return self._meet(operation)
-                case base.Configure():
+                case replication.Configure():
                     return self._configure(operation.record)
-                case base.Settle():
+                case replication.Settle():
                     return self._settle(operation)
-                case base.Trim():
+                case replication.Trim():
                     return self._trim(operation)
         except StoreError as error:
             return error
@@ -231,7 +243,7 @@ class SqliteWriter:
             raise base.Fenced(group.promised)
         return group
 
-    def _apply(self, operation: base.ApplyDelta) -> Outcome:
+    def _apply(self, operation: replication.ApplyDelta) -> Outcome:
         delta = operation.delta
         group = self._cluster.rows.get(operation.group)
         if group is None:
@@ -285,7 +297,7 @@ class SqliteWriter:
         )
         return log.tail_access(row, tail)
 
-    def _finish_recovery(self, recovery: base.Recovery) -> None:
+    def _finish_recovery(self, recovery: replication.Recovery) -> None:
         """Once the log found by the election is here, whole, the thread is served again and offered to everyone.
 
         Offered, not owed from where this log was before: that place may lie behind what was adopted, and would
@@ -323,7 +335,7 @@ class SqliteWriter:
 
     # ------------------------------------------------------------ what failovers leave behind
 
-    def _resubmit(self, operation: base.Resubmit) -> base.Resubmitted:
+    def _resubmit(self, operation: replication.Resubmit) -> replication.Resubmitted:
         n, row = self._row(operation.thread_id)
         group = self._held_group(row.group if row is not None else operation.group)
         if operation.thread_id in self._cluster.unrecovered:
@@ -343,9 +355,9 @@ class SqliteWriter:
             base_v=row.v if row is not None else 0,
             base_hash=row.head_hash if row is not None else ZERO_HASH,
         )
-        return base.Resubmitted(written, plan.fates)
+        return replication.Resubmitted(written, plan.fates)
 
-    def _disown(self, operation: base.Disown) -> None:
+    def _disown(self, operation: replication.Disown) -> None:
         """Save whole logs that the group's holder knows nothing of; they stay readable until theirs replace them."""
         group = self._cluster.rows.get(operation.group)
         if group is None or group.epoch != operation.epoch or group.promised != operation.epoch:
@@ -356,7 +368,7 @@ class SqliteWriter:
                 whole = _LogView(self._db, self._bodies, n).span(1, row.v)
                 sqlite_rows.save(self._db, thread_id, operation.group, whole, self._now_us())
 
-    def _release(self, operation: base.Release) -> None:
+    def _release(self, operation: replication.Release) -> None:
         for entry_id in operation.entry_ids:
             self._db.execute("DELETE FROM saved WHERE thread_id = ? AND entry_id = ?", (operation.thread_id, entry_id))
         for entry_id in operation.buried:
@@ -468,7 +480,7 @@ class SqliteWriter:
 
     # ------------------------------------------------------------ outbox, peers, groups, housekeeping
 
-    def _acknowledge(self, operation: base.Acknowledge) -> None:
+    def _acknowledge(self, operation: replication.Acknowledge) -> None:
         for thread_id, v, digest in operation.threads:
             n, row = self._row(thread_id)
             if n is None or row is None or v > row.v:
@@ -477,7 +489,7 @@ class SqliteWriter:
             if v == 0 or ours == digest:
                 self._outbox.acknowledge(operation.target, n, v)
 
-    def _offer(self, operation: base.Offer) -> None:
+    def _offer(self, operation: replication.Offer) -> None:
         if operation.group in self._cluster.held:
             self._outbox.offer(operation.target, self._numbers(operation.thread_ids))
 
@@ -494,7 +506,7 @@ class SqliteWriter:
                 found.append((n, row.v))
         return found
 
-    def _win(self, operation: base.Win) -> None:
+    def _win(self, operation: replication.Win) -> None:
         if not self._cluster.win(operation):
             return
         self._outbox.forget_group(operation.group)
@@ -508,22 +520,22 @@ class SqliteWriter:
         if self._cluster.adopt(group):
             self._outbox.forget_group(group.group)
 
-    def _configure(self, record: base.Record) -> None:
+    def _configure(self, record: replication.Record) -> None:
         if self._cluster.configure(record):
-            self._outbox.retarget(base.targets_of(record, self._region))
+            self._outbox.retarget(replication.targets_of(record, self._region))
 
-    def _meet(self, operation: base.MeetPeer) -> None:
+    def _meet(self, operation: replication.MeetPeer) -> None:
         """A peer with another disk may lack anything: offer it every thread this region orders."""
         if self._cluster.meet(operation.region, operation.incarnation):
             for group in sorted(self._cluster.held):
                 self._outbox.offer_group(operation.region, group)
 
-    def _settle(self, operation: base.Settle) -> None:
+    def _settle(self, operation: replication.Settle) -> None:
         self._cluster.settle(operation)
         if operation.standing == "learner":
             self._outbox.forget_all()
 
-    def _trim(self, operation: base.Trim) -> None:
+    def _trim(self, operation: replication.Trim) -> None:
         self._db.execute("DELETE FROM idempotency WHERE at_us < ?", (operation.keys_before_us,))
         # The newest row stays: positions go on from it after a restart.
         floor = self._position - max(1, operation.feed_rows_max)

@@ -20,7 +20,7 @@ import apsw
 import msgspec
 
 from infra.clock import SYSTEM_CLOCK
-from origin.store import base
+from origin.store import replication
 from origin.store.sqlite import DATABASE, SqliteStore
 from regions.peer_wire import AskDigests, AskHeads, DigestsAnswer, Envelope, HeadsAnswer
 from regions.repair import Repair
@@ -87,7 +87,7 @@ class _Pair:
             owner = material.principal(int(row.owner.removeprefix("user-")))
             await self._ours.write(material.append(thread_id, owner, material.message("late", "lost on the way")))
         rows = [row for thread_id in ids if (row := await self._ours.row(thread_id)) is not None]
-        self._settled = base.Acknowledge(PEER, tuple((row.id, row.v, row.head_hash) for row in rows))
+        self._settled = replication.Acknowledge(PEER, tuple((row.id, row.v, row.head_hash) for row in rows))
         await self._forget_what_is_owed()
 
     async def close(self) -> None:
@@ -135,7 +135,7 @@ class _Pair:
             rng=random.Random(material.SEED),
         )
 
-    async def _submit(self, operation: base.Operation) -> Any:
+    async def _submit(self, operation: replication.Operation) -> Any:
         [outcome] = await self._ours.commit([operation])
         return outcome
 
@@ -164,7 +164,7 @@ class _Transport:
         else:
             assert path == "/peer/heads", path
             wanted = msgspec.msgpack.decode(request, type=AskHeads)
-            heads: Sequence[base.Head] = await self._store.heads(wanted.group, frozenset(wanted.buckets))
+            heads: Sequence[replication.Head] = await self._store.heads(wanted.group, frozenset(wanted.buckets))
             self.heads = len(heads)
             given = HeadsAnswer(heads=tuple(heads))
         response = msgspec.msgpack.encode(given)

@@ -14,7 +14,10 @@ import msgspec
 
 from infra.identity import Principal
 from origin.ids import IdMint
-from origin.store.base import Draft, Write
+from origin.store.base import (
+    Draft,
+    Write,
+)
 from origin.thread import CreateBody, encode
 
 REGIONS: Final[tuple[str, ...]] = ("us-east", "eu-west", "ap-south")

@@ -8,8 +8,9 @@ from typing import Protocol
 
 import pytest
 
-from origin.store.base import ReplicaLog, ThreadStore
+from origin.store.base import ThreadStore
 from origin.store.memory import MemoryStore
+from origin.store.replication import ReplicaLog
 from origin.store.sqlite import SqliteStore
 from origin.writer import BatchedWriter
 from tests.support.builders import REGIONS

@@ -21,28 +21,30 @@ from hypothesis import strategies as st
 
 from origin.log import bucket_of, row_digest
 from origin.store.base import (
+    Fenced,
+    Recovering,
+    ThreadNotFound,
+)
+from origin.store.memory import MemoryStore
+from origin.store.replication import (
     Acknowledge,
     AdoptGroup,
     Applied,
     ApplyDelta,
     Disown,
-    Fenced,
     Gap,
     MeetPeer,
     Operation,
     Outcome,
     Promise,
     Promised,
-    Recovering,
     Recovery,
     Refused,
     Release,
     Resubmit,
     Resubmitted,
-    ThreadNotFound,
     Win,
 )
-from origin.store.memory import MemoryStore
 from origin.store.sqlite import SqliteStore
 from origin.thread import DIGEST_BUCKETS
 from tests.contract.conftest import Engine

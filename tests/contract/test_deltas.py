@@ -8,23 +8,25 @@ import msgspec
 import pytest
 
 from origin.store.base import (
-    AdoptGroup,
-    Applied,
     BadCursor,
     Behind,
-    Diverged,
     Fenced,
     Freshness,
-    Gap,
-    GroupRow,
     ListQuery,
     Moved,
     NotHolder,
-    Refused,
-    ThreadDelta,
     ThreadNotFound,
     Version,
     Written,
+)
+from origin.store.replication import (
+    AdoptGroup,
+    Applied,
+    Diverged,
+    Gap,
+    GroupRow,
+    Refused,
+    ThreadDelta,
 )
 from origin.thread import ZERO_HASH, Entry, Kind, chain_hash
 from tests.contract.conftest import Engine, OpenEngine

@@ -18,15 +18,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from origin.store.base import (
+    Draft,
+    KeyReused,
+    ListQuery,
+    StoreError,
+    Version,
+    Write,
+)
+from origin.store.memory import MemoryStore
+from origin.store.replication import (
     Acknowledge,
     AdoptGroup,
     Disown,
-    Draft,
     GroupRow,
     Head,
-    KeyReused,
     LearnPromise,
-    ListQuery,
     MeetPeer,
     Offer,
     Operation,
@@ -37,14 +43,10 @@ from origin.store.base import (
     Resubmit,
     Resubmitted,
     Settle,
-    StoreError,
     Trim,
     Unpark,
-    Version,
     Win,
-    Write,
 )
-from origin.store.memory import MemoryStore
 from origin.store.sqlite import SqliteStore
 from tests.contract.conftest import Engine
 from tests.support.builders import (

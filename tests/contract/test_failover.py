@@ -7,28 +7,30 @@ from pathlib import Path
 import pytest
 
 from origin.store.base import (
+    Fenced,
+    NotHolder,
+    Recovering,
+    ThreadNotFound,
+    Written,
+)
+from origin.store.replication import (
     Acknowledge,
     AdoptGroup,
     Applied,
-    Fenced,
     Gap,
     GroupRow,
     Head,
     LearnPromise,
     MeetPeer,
-    NotHolder,
     Offer,
     Promise,
     Promised,
-    Recovering,
     Recovery,
     Refused,
     Resubmit,
     Settle,
     ThreadDelta,
-    ThreadNotFound,
     Win,
-    Written,
 )
 from origin.store.sqlite import SqliteStore
 from tests.contract.conftest import Engine, OpenEngine

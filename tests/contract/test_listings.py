@@ -8,7 +8,12 @@ import json
 import pytest
 
 from infra.identity import Principal
-from origin.store.base import BadCursor, BadQuery, ListQuery, ThreadStore
+from origin.store.base import (
+    BadCursor,
+    BadQuery,
+    ListQuery,
+    ThreadStore,
+)
 from tests.support.builders import ANN, BOB, append, change, create, delete, message, messages, patch, user
 
 pytestmark = [

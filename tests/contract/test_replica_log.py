@@ -6,22 +6,24 @@ import pytest
 
 from origin.access import INTERNAL
 from origin.store.base import (
-    Acknowledge,
-    AdoptGroup,
     EntryConflict,
-    GroupRow,
     KeyReused,
     ListQuery,
-    MeetPeer,
     NotAllowed,
+    ThreadNotFound,
+    Version,
+    Written,
+)
+from origin.store.replication import (
+    Acknowledge,
+    AdoptGroup,
+    GroupRow,
+    MeetPeer,
     Operation,
     OutboxRow,
     Postpone,
-    ThreadNotFound,
     Trim,
     Unpark,
-    Version,
-    Written,
 )
 from origin.thread import CLAIMS_PREFIX
 from tests.contract.conftest import Engine, OpenEngine

@@ -14,13 +14,15 @@ from origin.store.base import (
     Fenced,
     NotAllowed,
     NotHolder,
-    Promise,
-    Resubmit,
-    Resubmitted,
     ThreadNotFound,
     Version,
     Write,
     Written,
+)
+from origin.store.replication import (
+    Promise,
+    Resubmit,
+    Resubmitted,
 )
 from origin.thread import CLAIMS_PREFIX, ClaimBody, Entry, EntryMeta, PatchBody, encode
 from tests.contract.conftest import Engine, OpenEngine

@@ -8,22 +8,24 @@ import pytest
 
 from origin.store.base import (
     MOVED,
+    ListQuery,
+    Moved,
+    ThreadNotFound,
+    Version,
+    Written,
+)
+from origin.store.replication import (
     AdoptGroup,
     Applied,
     Disown,
     Diverged,
     Gap,
     GroupRow,
-    ListQuery,
-    Moved,
     Promise,
     Refused,
     Release,
     Resubmit,
     Resubmitted,
-    ThreadNotFound,
-    Version,
-    Written,
 )
 from origin.store.sqlite import SqliteStore
 from tests.contract.conftest import Engine, OpenEngine

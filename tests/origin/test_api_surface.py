@@ -18,7 +18,7 @@ from origin import answers, requests
 from origin.api import BESIDE, ROUTES
 from origin.openapi import Route
 from origin.problems import translate
-from origin.store import base
+from origin.store import base, replication
 from origin.store.base import StoreError
 from origin.thread import Version
 from tests.support.builders import ANN, BOB, user
@@ -571,7 +571,7 @@ ARGUMENTS: dict[type, tuple[Any, ...]] = {
     base.Moved: (Version(1, 2),),
     base.PositionLost: (base.Position("i", 3),),
     base.EntryConflict: ("m",),
-    base.NotHolder: (base.GroupRow("g", 1, "h", 1),),
+    base.NotHolder: (replication.GroupRow("g", 1, "h", 1),),
     base.Fenced: (2,),
 }
 

@@ -13,8 +13,16 @@ import pytest
 from infra.identity import Principal
 from origin import feed as feed_module
 from origin.feed import EVERYTHING, Feed, Heartbeat, Hello, feed_line, of_owner, of_team, of_thread
-from origin.store.base import Change, Settle, StoreFailed, Trim, Write
+from origin.store.base import (
+    Change,
+    StoreFailed,
+    Write,
+)
 from origin.store.memory import MemoryStore
+from origin.store.replication import (
+    Settle,
+    Trim,
+)
 from tests.support.builders import ANN, BOB, append, change, create, message, patch, user
 from tests.support.fakeclock import FakeClock, settle
 

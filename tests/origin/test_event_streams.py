@@ -13,8 +13,16 @@ from origin import events as events_module
 from origin import feed as feed_module
 from origin.access import may_read
 from origin.events import encode_entry, may_follow
-from origin.store.base import Applied, ApplyDelta, Change, Promise, Promised, Trim, Win
+from origin.store.base import Change
 from origin.store.memory import MemoryStore
+from origin.store.replication import (
+    Applied,
+    ApplyDelta,
+    Promise,
+    Promised,
+    Trim,
+    Win,
+)
 from origin.thread import Entry, Row, Version, encode
 from tests.support.builders import BOB, REGIONS, append, delta_from, patch, user
 from tests.support.builders import change as change_of

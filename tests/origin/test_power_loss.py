@@ -20,6 +20,12 @@ import pytest
 
 from infra.identity import Principal
 from origin.store.base import (
+    StoreError,
+    Written,
+)
+from origin.store.bodies import BodyFiles
+from origin.store.memory import MemoryStore
+from origin.store.replication import (
     Acknowledge,
     Applied,
     MeetPeer,
@@ -27,13 +33,9 @@ from origin.store.base import (
     Postpone,
     Promise,
     Promised,
-    StoreError,
     Trim,
     Win,
-    Written,
 )
-from origin.store.bodies import BodyFiles
-from origin.store.memory import MemoryStore
 from origin.store.scrub import examine, open_reader
 from origin.store.sqlite import SqliteStore
 from tests.support.builders import (

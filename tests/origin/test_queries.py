@@ -11,7 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from origin.log import plan_write
-from origin.store.base import PAGE_BYTES_MAX, BadCursor, ListQuery
+from origin.store.base import (
+    PAGE_BYTES_MAX,
+    BadCursor,
+    ListQuery,
+)
 from origin.store.queries import (
     INDEXED_CHARS_MAX,
     cut_page,

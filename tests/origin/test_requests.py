@@ -15,7 +15,10 @@ from infra.problem import Problem
 from origin.ids import IdMint
 from origin.log import plan_write
 from origin.requests import DEPTH_MAX, read_messages, read_patch, read_thread
-from origin.store.base import Draft, Write
+from origin.store.base import (
+    Draft,
+    Write,
+)
 from origin.thread import CreateBody, PatchBody, decode, encode, message_json, summary_json
 from tests.support.builders import user
 

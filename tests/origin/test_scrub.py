@@ -14,9 +14,16 @@ import pytest
 
 from infra.clock import SYSTEM_CLOCK
 from origin.log import bucket_of
-from origin.store.base import AdoptGroup, Applied, ApplyDelta, MeetPeer, Promise, Win
 from origin.store.bodies import BodyFiles
 from origin.store.memory import MemoryStore
+from origin.store.replication import (
+    AdoptGroup,
+    Applied,
+    ApplyDelta,
+    MeetPeer,
+    Promise,
+    Win,
+)
 from origin.store.scrub import Finding, Pace, Report, examine, open_reader, scrub
 from origin.store.sqlite import DATABASE, SqliteStore
 from origin.writer import BatchedWriter

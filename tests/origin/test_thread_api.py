@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 
 from origin.ids import carried_mark, mark_of
-from origin.store.base import AdoptGroup, Freshness, GroupRow
+from origin.store.base import Freshness
+from origin.store.replication import (
+    AdoptGroup,
+    GroupRow,
+)
 from origin.thread import Version
 from tests.support.builders import ANN, BOB, user
 from tests.support.thread_api import Api

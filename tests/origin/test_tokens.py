@@ -9,7 +9,11 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from origin.store.base import Behind, Freshness, Moved
+from origin.store.base import (
+    Behind,
+    Freshness,
+    Moved,
+)
 from origin.store.queries import after_seq, check_freshness
 from origin.thread import Row, Version
 

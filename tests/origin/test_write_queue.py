@@ -10,6 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from origin.store.base import (
+    StoreBusy,
+    Write,
+)
+from origin.store.replication import (
     Acknowledge,
     AdoptGroup,
     ApplyDelta,
@@ -17,10 +21,8 @@ from origin.store.base import (
     MeetPeer,
     Operation,
     Postpone,
-    StoreBusy,
     ThreadDelta,
     Trim,
-    Write,
 )
 from origin.write_queue import (
     ACTIVE_S,

@@ -11,26 +11,28 @@ from typing import Any
 import pytest
 
 from origin.store.base import (
-    Acknowledge,
-    AdoptGroup,
-    Applied,
     EntryConflict,
-    GroupRow,
-    MeetPeer,
-    Operation,
-    Outcome,
     StoreBusy,
     StoreError,
     StoreFailed,
     StoreFull,
     ThreadNotFound,
     Unavailable,
-    Unpark,
     Version,
     Write,
     Written,
 )
 from origin.store.memory import MemoryStore
+from origin.store.replication import (
+    Acknowledge,
+    AdoptGroup,
+    Applied,
+    GroupRow,
+    MeetPeer,
+    Operation,
+    Outcome,
+    Unpark,
+)
 from origin.write_queue import LINGER_S
 from origin.writer import BatchedWriter
 from tests.support.builders import ANN, REGIONS, append, create, message

@@ -11,7 +11,6 @@ from uuid import uuid4
 import pytest
 
 from origin.store.base import (
-    ApplyDelta,
     EntryConflict,
     Freshness,
     Idempotency,
@@ -30,6 +29,7 @@ from origin.store.base import (
     Version,
     Written,
 )
+from origin.store.replication import ApplyDelta
 from origin.thread import ClaimBody, Row
 from regions.coordinator import CoordinatorLimits
 from regions.peer_client import PeerUnreachable

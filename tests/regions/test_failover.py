@@ -13,15 +13,17 @@ import pytest
 
 from origin.store.base import (
     Freshness,
+    OutcomeUnknown,
+    ThreadNotFound,
+    Unavailable,
+    Write,
+)
+from origin.store.replication import (
     GroupRow,
     Head,
     Operation,
     Outcome,
-    OutcomeUnknown,
     Promise,
-    ThreadNotFound,
-    Unavailable,
-    Write,
 )
 from regions.adoption import Adopter, SourceLacks
 from regions.coordinator import CoordinatorLimits

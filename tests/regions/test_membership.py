@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from origin.ids import marks_of
-from origin.store.base import StoreError, Unavailable
+from origin.store.base import (
+    StoreError,
+    Unavailable,
+)
 from regions.coordinator import CoordinatorLimits
 from regions.membership import ChangeRefused
 from regions.topology import TopologyError

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from origin.feed import Heartbeat, Hello
-from origin.store.base import Change, Write
+from origin.store.base import (
+    Change,
+    Write,
+)
 from tests.support.builders import change, create, delete, patch
 from tests.support.cluster import Cluster, Region, eventually
 

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import msgspec
 
 from origin import access, groups, log, writer
-from origin.store import base, memory, memory_outbox, queries
+from origin.store import base, memory, memory_outbox, queries, replication
 from regions import (
     claims,
     coordinator,
@@ -148,10 +148,10 @@ def answer_before_commit() -> Sequence[Any]:
     return [patch.object(peer_service.PeerService, "_replicate", hasty)]
 
 
-def _pretend(delta: base.ThreadDelta) -> base.ApplyAnswer:
+def _pretend(delta: replication.ThreadDelta) -> replication.ApplyAnswer:
     if not delta.entries:
-        return base.Applied(delta.base_v, delta.base_hash)
-    return base.Applied(delta.entries[-1].seq, delta.entries[-1].hash)
+        return replication.Applied(delta.base_v, delta.base_hash)
+    return replication.Applied(delta.entries[-1].seq, delta.entries[-1].hash)
 
 
 @bug("If-Match is compared with the thread's present version.", ())
@@ -388,7 +388,7 @@ def epochs_are_not_unique() -> Sequence[Any]:
     def generous(state: Any, asked: Any) -> Any:
         answered, answer = real(state, asked)
         if not answer.granted and state is not None and asked.epoch == state.row.promised:
-            return state, base.Promised(True, state.row)
+            return state, replication.Promised(True, state.row)
         return answered, answer
 
     return [
@@ -414,7 +414,7 @@ def answers_of_any_epoch_count() -> Sequence[Any]:
 @bug("A disk that is new learns before it counts.", DISKS)
 def a_new_disk_counts_at_once() -> Sequence[Any]:
     async def at_once(self: Any) -> bool:
-        await self._submit(base.Settle("voter"))
+        await self._submit(replication.Settle("voter"))
         return True
 
     return [patch.object(joining.Joining, "_try", at_once)]

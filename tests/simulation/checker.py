@@ -11,8 +11,13 @@ from collections.abc import Sequence
 from typing import Final
 
 from infra.identity import Principal
-from origin.store import base
-from origin.store.base import Listing, ThreadPage, Version, Written
+from origin.store import base, replication
+from origin.store.base import (
+    Listing,
+    ThreadPage,
+    Version,
+    Written,
+)
 from origin.thread import Entry, Row, entry_is_sound
 from regions.topology import claims_thread
 from tests.simulation.history import Attempt, History, Request
@@ -36,7 +41,7 @@ class Checker:
     def __init__(self, world: World, history: History) -> None:
         self._world = world
         self._history = history
-        self.unpark = base.Unpark(None)
+        self.unpark = replication.Unpark(None)
         self._places: dict[tuple[str, int, int], str] = {}
         """(thread, epoch, seq): the entry that was seen there."""
 

@@ -18,8 +18,11 @@ from typing import Any, Final, Literal, Protocol
 import apsw
 import msgspec
 
-from origin.store import base, sqlite, sqlite_read
-from origin.store.base import StoreFailed, StoreFull
+from origin.store import base, replication, sqlite, sqlite_read
+from origin.store.base import (
+    StoreFailed,
+    StoreFull,
+)
 from origin.store.bodies import BodyFiles
 from origin.store.memory import MemoryStore
 from origin.store.sqlite import SqliteStore
@@ -33,7 +36,7 @@ READS: Final = frozenset(
         "owed", "read", "replay", "row", "saved", "slice", "unconfirmed",
     }
 )  # fmt: skip
-GROWS: Final = (base.Write, base.ApplyDelta, base.Resubmit)
+GROWS: Final = (base.Write, replication.ApplyDelta, replication.Resubmit)
 
 
 class Medium(Protocol):
@@ -73,7 +76,7 @@ class Medium(Protocol):
         """How many saved entries have yet to come back."""
         ...
 
-    def backlog(self, target: str) -> base.Backlog: ...
+    def backlog(self, target: str) -> replication.Backlog: ...
 
 
 class MemoryMedium:
@@ -129,7 +132,7 @@ class MemoryMedium:
     def unsaved(self) -> int:
         return sum(not it.buried for it in self._store._saved.values()) if self._store is not None else 0
 
-    def backlog(self, target: str) -> base.Backlog:
+    def backlog(self, target: str) -> replication.Backlog:
         assert self._store is not None
         return self._store._outbox.backlog(target, self._store._now_us())
 
@@ -213,7 +216,7 @@ class SqliteMedium:
         [(count,)] = self._db.execute("SELECT count(*) FROM saved WHERE buried = 0")
         return int(str(count))
 
-    def backlog(self, target: str) -> base.Backlog:
+    def backlog(self, target: str) -> replication.Backlog:
         return sqlite_read.read_backlog(self._db, target, 0)
 
 
@@ -262,7 +265,7 @@ class SimDisk:
         return self._engine.incarnation
 
     @property
-    def groups(self) -> dict[str, base.GroupRow]:
+    def groups(self) -> dict[str, replication.GroupRow]:
         return self._engine.groups
 
     def __getattr__(self, name: str) -> Any:
@@ -282,7 +285,7 @@ class SimDisk:
         self.__dict__[name] = read
         return read
 
-    async def commit(self, operations: Sequence[base.Operation]) -> Sequence[base.Outcome]:
+    async def commit(self, operations: Sequence[replication.Operation]) -> Sequence[replication.Outcome]:
         moods, roll = self.moods, self._rng.random
         wait_s = moods.latency_s * (0.5 + roll())
         if moods.stall and roll() < moods.stall:

@@ -12,7 +12,11 @@ from typing import Literal
 
 from infra.identity import Principal
 from origin.store import base
-from origin.store.base import Durability, Version, Written
+from origin.store.base import (
+    Durability,
+    Version,
+    Written,
+)
 
 Outcome = Literal["ok", "failed", "unknown"]
 Level = Durability

@@ -12,7 +12,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from origin.store import base
+from origin.store import replication
 from origin.store.base import StoreError
 from regions.failover import PromotionFailed
 from regions.membership import ChangeRefused
@@ -327,7 +327,7 @@ async def remove_region(world: World, rng: random.Random) -> None:
     world.counts[f"region {'removed' if done else 'not removed'}"] += 1
 
 
-async def _change(world: World, rng: random.Random, act: Callable[[Node], Awaitable[base.Record]]) -> bool:
+async def _change(world: World, rng: random.Random, act: Callable[[Node], Awaitable[replication.Record]]) -> bool:
     """As `weft regions` does: ask the first group's holder, again while it says that it can't be done now."""
     deadline = world.now + rng.choice((2.0, 20.0))
     while world.now < deadline:

@@ -9,8 +9,13 @@ from typing import Any
 import msgspec
 
 from infra.identity import Principal
-from origin.store import base
-from origin.store.base import Freshness, ThreadPage, Write, Written
+from origin.store import base, replication
+from origin.store.base import (
+    Freshness,
+    ThreadPage,
+    Write,
+    Written,
+)
 from regions.membership import ChangeRefused
 from regions.node import Node
 from tests.simulation.checker import Checker
@@ -49,10 +54,10 @@ class Script:
             region, lambda node: node.coordinator.read(thread_id, actor, after=after, freshness=freshness)
         )
 
-    async def promote(self, region: str, group: str, **how: bool) -> base.GroupRow:
+    async def promote(self, region: str, group: str, **how: bool) -> replication.GroupRow:
         return await self.ask(region, lambda node: node.failover.promote(group, **how))
 
-    async def change(self, act: Callable[[Node], Awaitable[base.Record]]) -> base.Record:
+    async def change(self, act: Callable[[Node], Awaitable[replication.Record]]) -> replication.Record:
         """A change of membership, asked of whoever may make it, again while it can't be done yet."""
         deadline = self.world.now + 60.0
         while True:

@@ -6,8 +6,14 @@ import asyncio
 
 import pytest
 
-from origin.store import base
-from origin.store.base import Idempotency, Moved, OutcomeUnknown, ThreadNotFound, Unavailable
+from origin.store import base, replication
+from origin.store.base import (
+    Idempotency,
+    Moved,
+    OutcomeUnknown,
+    ThreadNotFound,
+    Unavailable,
+)
 from regions.failover import PromotionFailed
 from regions.node import Node
 from regions.peer_client import PeerRefused, PeerUnreachable
@@ -25,7 +31,7 @@ def test_double_candidate() -> None:
         thread_id = it.mint(HOME)
         await it.write(HOME, create(thread_id, messages=[message("m1")]), "all")
         rows = await asyncio.gather(it.promote(OTHER, HOME), it.promote(THIRD, HOME), return_exceptions=True)
-        assert any(isinstance(row, base.GroupRow) for row in rows), rows
+        assert any(isinstance(row, replication.GroupRow) for row in rows), rows
         await it.settled()
         holders = [region for region in it.world.names if it.node(region).engine.is_holder(HOME)]
         assert len(holders) == 1
@@ -571,9 +577,9 @@ def test_crash_with_a_record_that_nobody_else_has(changed: bool, comes_back: boo
         load = await loaded(it)
         it.world.place_region(FOURTH).start()
         row = await it.promote(OTHER, HOME, graceful=True)
-        written: list[base.Record] = []
+        written: list[replication.Record] = []
 
-        def spring(region: str, record: base.Record) -> None:
+        def spring(region: str, record: replication.Record) -> None:
             if not written and record.epoch == row.epoch and _names(record, FOURTH) == changed:
                 assert region == OTHER
                 written.append(record)
@@ -604,7 +610,7 @@ def test_crash_with_a_record_that_nobody_else_has(changed: bool, comes_back: boo
     play(script)
 
 
-def _names(record: base.Record, region: str) -> bool:
+def _names(record: replication.Record, region: str) -> bool:
     return any(member.name == region for member in record.members)
 
 

@@ -15,7 +15,16 @@ from uuid import UUID
 
 from infra.identity import Principal
 from origin.store import base
-from origin.store.base import Draft, Freshness, Idempotency, ListQuery, ThreadPage, Version, Write, Written
+from origin.store.base import (
+    Draft,
+    Freshness,
+    Idempotency,
+    ListQuery,
+    ThreadPage,
+    Version,
+    Write,
+    Written,
+)
 from regions.node import Node
 from tests.simulation.checker import Checker
 from tests.simulation.history import UNKNOWN, Attempt, History, Level, Request

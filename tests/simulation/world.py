@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from origin.ids import IdMint
-from origin.store import base
+from origin.store import base, replication
 from origin.writer import Engine
 from regions.coordinator import CoordinatorLimits
 from regions.failover import FailoverLimits
@@ -99,7 +99,7 @@ class SimRegion:
             # What `weft restore` leaves: an old copy that knows it is one, under a name that nobody has seen.
             self.restored = False
             incarnation = f"{int(self.clock.time() * 1000):012x}{rng.getrandbits(80):020x}"
-            await engine.commit([base.Settle("learner", incarnation=incarnation)])
+            await engine.commit([replication.Settle("learner", incarnation=incarnation)])
         disk = SimDisk(
             engine,
             loop=world.loop,
@@ -208,12 +208,12 @@ class World:
         self._folder = folder
         self.network = Network(self.loop, random.Random(f"{seed}/network"), self.trace, self.counts)
         self.regions: dict[str, SimRegion] = {}
-        self._records: dict[str, base.Record] = {}
+        self._records: dict[str, replication.Record] = {}
         """The membership record on each disk."""
-        self._record_of: dict[tuple[int, int], base.Record] = {}
-        self.recorded: list[Callable[[str, base.Record], None]] = []
+        self._record_of: dict[tuple[int, int], replication.Record] = {}
+        self.recorded: list[Callable[[str, replication.Record], None]] = []
         """Told of a region whose disk has just got another record, before it can tell anybody."""
-        self._left: list[tuple[float, base.Record]] = []
+        self._left: list[tuple[float, replication.Record]] = []
         """When a disk went on to another record, and from which."""
         self._names = self.founders
         for name in self.founders:
@@ -224,7 +224,7 @@ class World:
         self.gone: set[tuple[str, str]] = set()
         """(thread, entry) whose only copy was on a disk when that was lost: the one excuse for losing them."""
         self.backups: dict[str, tuple[Medium, float]] = {}
-        self._groups: dict[str, dict[str, base.GroupRow]] = {}
+        self._groups: dict[str, dict[str, replication.GroupRow]] = {}
         self._winners: dict[tuple[str, int], str] = {}
         self._served: dict[tuple[str, int], str] = {}
         self._epochs: dict[str, int] = {}
@@ -248,7 +248,7 @@ class World:
         return self._names
 
     @property
-    def record(self) -> base.Record | None:
+    def record(self) -> replication.Record | None:
         """The newest membership record on any disk."""
         return max(self._records.values(), key=lambda record: record.order, default=None)
 
@@ -263,7 +263,7 @@ class World:
         members = () if record is None else record.members
         return frozenset(member.name for member in members if member.role == "removed")
 
-    def follows(self, region: str) -> base.Record | None:
+    def follows(self, region: str) -> replication.Record | None:
         """The membership record on a region's disk."""
         return self._records.get(region)
 
@@ -310,7 +310,7 @@ class World:
                 self.violation(f"two holders of epoch {row.epoch} of {name}: {winner} and {row.holder}")
         self._groups[region.name] = groups
 
-    def _note_record(self, name: str, record: base.Record | None) -> None:
+    def _note_record(self, name: str, record: replication.Record | None) -> None:
         before = self._records.get(name)
         if record is None or record is before:
             return
@@ -461,7 +461,7 @@ class World:
             region.medium.drop()
 
 
-def _voters(record: base.Record) -> frozenset[str]:
+def _voters(record: replication.Record) -> frozenset[str]:
     return frozenset(member.name for member in record.members if member.role == "voter")
 
 

@@ -10,20 +10,22 @@ import msgspec
 
 from infra.identity import Principal
 from origin.store.base import (
-    Access,
-    Acknowledge,
-    Applied,
-    ApplyDelta,
     Draft,
     Durability,
     Idempotency,
     LogSlice,
+    Version,
+    Write,
+)
+from origin.store.replication import (
+    Access,
+    Acknowledge,
+    Applied,
+    ApplyDelta,
     Operation,
     Outcome,
     ReplicaLog,
     ThreadDelta,
-    Version,
-    Write,
 )
 from origin.thread import CreateBody, PatchBody, encode
 

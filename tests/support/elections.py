@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from origin.log import bucket_of, row_digest
-from origin.store.base import (
+from origin.store.replication import (
     AdoptGroup,
     Applied,
     Gap,

@@ -30,13 +30,13 @@ from origin.store.base import (
     Listing,
     ListQuery,
     LogSlice,
-    ReplicaLog,
     ThreadPage,
     ThreadStore,
     Write,
     Written,
 )
-from origin.store.base import Operation as StoreOperation
+from origin.store.replication import Operation as StoreOperation
+from origin.store.replication import ReplicaLog
 from origin.thread import Row
 from tests.support.builders import ANN
 from tests.support.fakeclock import FakeClock
