@@ -368,6 +368,7 @@ def test_memory_and_sqlite_give_the_same_outcomes_over_long_histories(seed: int)
     _run(batches_of(seed))
 
 
+@pytest.mark.full
 def test_the_histories_say_something() -> None:
     """Else equal outcomes would be equal errors."""
     told = sum((_run(batches_of(seed)) for seed in range(100, 112)), Counter[str]())

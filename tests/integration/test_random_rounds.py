@@ -232,6 +232,7 @@ async def run_rounds(folder: Path, rounds: int, seed: int) -> Rounds:
     return run
 
 
+@pytest.mark.full
 async def test_a_few_rounds_of_random_faults(tmp_path: Path) -> None:
     run = await run_rounds(tmp_path, 8, SEED_QUICK)
     assert run.load.counts["append ok"] > 20, "too little was acknowledged to mean anything"

@@ -31,7 +31,7 @@ def judge(report: Report, results: Any) -> None:
     assert not found, "\n".join(found[:20])
 
 
-@pytest.mark.parametrize("first", range(1, 61, 10))
+@pytest.mark.parametrize("first", range(1, 41, 10))
 def test_nothing_acknowledged_is_lost_or_doubled(first: int) -> None:
     report = Report()
     judge(report, run_all(range(first, first + 10), 1))
