@@ -12,7 +12,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
@@ -30,14 +29,11 @@ from origin.importers.scan import SAMPLES
 from origin.transfer import read
 from tests.bench import servers
 from tests.bench.harness import WEFT, Case, Context, Metric, Reading, Runner, Skipped
-from tests.bench.servers import free_ports
+from tests.support.ports import free_port_block
 
 START_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 60.0
 IN_STEP_SECONDS: Final = 120.0
-REGION_PORTS: Final = 100
-"""`weft up` puts region servers so far above its edges."""
-PORTS_TRIED: Final = 50
 TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 _DURATION: Final = re.compile(r"^http_server_request_duration_seconds_sum\{(.*)\} (\S+)$", re.MULTILINE)
@@ -193,7 +189,7 @@ async def _cluster(folder: Path) -> AsyncGenerator[_Cluster]:
             "--data",
             str(folder),
             "--port",
-            str(_free_base()),
+            str(free_port_block()),
             "--no-samples",
             stdout=log,
             stderr=log,
@@ -218,26 +214,6 @@ async def _cluster(folder: Path) -> AsyncGenerator[_Cluster]:
                 process.send_signal(signal.SIGTERM)
                 async with asyncio.timeout(STOP_SECONDS):
                     await process.wait()
-
-
-def _free_base() -> int:
-    """A port such that `weft up` finds its edges' and its regions' ports free."""
-    for _ in range(PORTS_TRIED):
-        [base] = free_ports(1)
-        wanted = [base + step + offset for step in (0, REGION_PORTS) for offset in range(3)]
-        if wanted[-1] > 65_535:
-            continue
-        probes = [socket.socket() for _ in wanted]
-        try:
-            for probe, port in zip(probes, wanted, strict=True):
-                probe.bind(("127.0.0.1", port))
-            return base
-        except OSError:
-            continue
-        finally:
-            for probe in probes:
-                probe.close()
-    raise RuntimeError("no free ports for a cluster")
 
 
 def _processor_seconds(process: Path) -> float:

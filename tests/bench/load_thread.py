@@ -25,7 +25,8 @@ from origin.store.sqlite_rows import MESSAGE, ROW_COLUMNS, SEQ_MASK, place
 from tests.bench import material
 from tests.bench.harness import WEFT, Case, Context, Metric, Reading, Runner, Target, percentile
 from tests.bench.material import HOME
-from tests.bench.servers import Region, child, free_ports, regions
+from tests.bench.servers import Region, child, regions
+from tests.support.ports import free_ports
 
 LENGTHS: Final = (50, 1_000)
 RAW: Final = "raw SQLite"

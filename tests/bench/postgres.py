@@ -12,7 +12,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any, Final
 import asyncpg
 
 from tests.bench.harness import Skipped
+from tests.support.ports import free_port
 
 BINARIES: Final = Path("/usr/lib/postgresql/15/bin")
 READY_SECONDS: Final = 30.0
@@ -90,7 +90,7 @@ async def postgres(folder: Path, **settings: str) -> AsyncGenerator[Postgres]:
             [BINARIES / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C"],
             check=True, stdout=log, stderr=log, **account,
         )  # fmt: skip
-        port = _free_port()
+        port = free_port()
         options = {**SETTINGS, **settings, "port": str(port), "unix_socket_directories": str(sockets)}
         server = subprocess.Popen(
             [BINARIES / "postgres", "-D", data, *(f"--{name}={value}" for name, value in options.items())],
@@ -197,10 +197,3 @@ async def _ready(running: Postgres, server: subprocess.Popen[Any], log: Path) ->
                 if server.poll() is not None:
                     raise RuntimeError(f"PostgreSQL did not start: {log.read_text()[-2_000:]}") from None
                 await asyncio.sleep(0.05)
-
-
-def _free_port() -> int:
-    """Names the socket file, and where the publisher listens when it does on TCP."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

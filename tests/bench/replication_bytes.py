@@ -21,7 +21,7 @@ import orjson
 from tests.bench import material
 from tests.bench.harness import WEFT, Case, Context, Metric, Reading, Runner, Target, percentile
 from tests.bench.material import REGIONS
-from tests.bench.servers import Region, free_ports, regions
+from tests.bench.servers import Region, regions
 
 MESSAGE_BYTES: Final = 1_024
 MESSAGE: Final = "the message"
@@ -36,7 +36,7 @@ async def contestants(context: Context) -> AsyncGenerator[Mapping[str, Runner]]:
     appends = context.pick(full=20, quick=10, miniature=2)
     async with AsyncExitStack() as stack:
         others = REGIONS[1:]
-        doors = dict(zip(others, free_ports(len(others)), strict=True))
+        doors = dict(zip(others(len(others)), strict=True))
         through = {name: f"http://127.0.0.1:{port}" for name, port in doors.items()}
         proxies = {name: Proxy() for name in others}
         for name, proxy in proxies.items():

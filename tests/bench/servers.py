@@ -7,7 +7,6 @@ and is stopped at the end; logs stay in the case's folder, and their end is told
 from __future__ import annotations
 
 import asyncio
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from infra.identity import IDENTITY_HEADER, IdentitySigner, Principal, write_pee
 from tests.bench import material
 from tests.bench.material import REGIONS
 from tests.bench.postgres import Postgres
+from tests.support.ports import free_ports
 
 READY_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 20.0
@@ -167,18 +167,6 @@ async def _ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             except aiohttp.ClientError:
                 pass
             await asyncio.sleep(0.02)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that are free now."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def _settings(name: str, port: int, urls: Mapping[str, str], sync: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.bench.material import REGIONS
-from tests.bench.servers import Region, free_ports, regions
+from tests.bench.servers import Region, regions
 from tests.support.linkproxy import LinkProxy, link_proxy
 
 NEAR_S: Final = 0.040
@@ -25,7 +25,7 @@ ONE_WAY_S: Final = {frozenset((FIRST, NEAR)): NEAR_S, frozenset((FIRST, FAR)): F
 @asynccontextmanager
 async def distant_regions(folder: Path, *, sync: str = "") -> AsyncGenerator[tuple[list[Region], LinkProxy]]:
     """Regions that are acquainted over links without faults, and the links, named "from>to"."""
-    ports = dict(zip(REGIONS, free_ports(len(REGIONS)), strict=True))
+    ports = dict(zip(REGIONS(len(REGIONS)), strict=True))
     targets = {f"{a}>{b}": ("127.0.0.1", ports[b]) for a in REGIONS for b in REGIONS if a != b}
     with ExitStack() as stack:
         links = stack.enter_context(link_proxy(targets))

@@ -15,18 +15,13 @@ import pytest
 from aiohttp import web
 
 from tests.edge.conftest import AUDIENCE, DEADLINE_S, ISSUER, REGION, FakeRegion, Signer, until
+from tests.support.ports import free_port
 
 # What the installed command does, without needing it installed.
 PROGRAM = "from edge.cli import edge_command; from infra.cli import main, weft; weft.add_command(edge_command); main()"
 ROOT = Path(__file__).parents[2]
 
 Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

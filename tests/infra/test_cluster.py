@@ -19,6 +19,7 @@ import pytest
 
 from infra.clock import SYSTEM_CLOCK, Clock, SystemClock
 from infra.cluster import Child, Cluster, ClusterError, FolderLock, check_addresses, replace_file
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,12 +51,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class AheadClock(SystemClock):

@@ -33,7 +33,8 @@ from infra.cli import invoke
 from infra.identity import write_peer_key
 from tests.integration.conftest import SAMPLES
 from tests.support.outside import REGIONS, Outside, User, eventually, said
-from tests.support.processes import ROOT, WEFT, RunningCluster, free_port_block, wait_until, weft
+from tests.support.ports import free_port_block
+from tests.support.processes import ROOT, WEFT, RunningCluster, wait_until, weft
 
 Done = subprocess.CompletedProcess[str]
 NAMES = ("up", "region", "edge", "token", "status", "doctor", "promote", "repair", "backup", "restore")

@@ -17,7 +17,7 @@ from regions import local
 from regions.backups import backup_command, restore_command
 from regions.local import Plan
 from tests.support.builders import create, messages
-from tests.support.processes import free_port_block
+from tests.support.ports import free_port_block
 
 NAMES = ("us-east", "eu-west")
 

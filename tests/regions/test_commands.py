@@ -30,7 +30,8 @@ from regions.local import Plan
 from regions.operations import promote_command, repair_command
 from regions.operator import Operated, Place
 from regions.status import status_command
-from tests.support.processes import RunningCluster, free_port_block, running_cluster, wait_until, weft
+from tests.support.ports import free_port_block
+from tests.support.processes import RunningCluster, running_cluster, wait_until, weft
 
 
 def run(command: Any, *arguments: object, status: int = 0) -> Result:

@@ -20,7 +20,8 @@ from infra.development import DataFolder
 from regions import local
 from regions.local import Plan
 from tests.support.linkproxy import LinkProxy, Way, link_proxy
-from tests.support.processes import RunningCluster, free_port_block, running_cluster
+from tests.support.ports import free_port_block
+from tests.support.processes import RunningCluster, running_cluster
 
 BALLAST: Final = "ballast"
 KINDS: Final = ("region", "edge")

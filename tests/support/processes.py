@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+
+from tests.support.ports import free_port_block
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL_THREADS = ROOT.parent / "shared" / "data" / "threads"
@@ -34,24 +35,6 @@ def weft(
     if check and done.returncode != 0:
         raise AssertionError(f"weft {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return done
-
-
-def free_port_block() -> int:
-    """A port P such that P…P+2 and P+100…P+102 are free now."""
-    for port in range(20_000 + os.getpid() % 20_000, 60_000, 211):
-        sockets: list[socket.socket] = []
-        try:
-            for offset in (0, 1, 2, 100, 101, 102):
-                taken = socket.socket()
-                sockets.append(taken)
-                taken.bind(("127.0.0.1", port + offset))
-        except OSError:
-            continue
-        finally:
-            for taken in sockets:
-                taken.close()
-        return port
-    raise AssertionError("no free block of ports")
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float = 60.0, what: str) -> None:
