@@ -100,6 +100,9 @@ class BatchedWriter:
         )
         self.on_commit: list[Hook] = []
         """Called on the loop after each durable batch, with its operations and their outcomes."""
+        self.on_doubt: list[Callable[[Sequence[Operation]], None]] = []
+        """Called on the loop after a batch that may or may not be durable, with its operations: whoever follows
+        commits looks at the engine now, as nobody will tell it what became of them."""
         self._wake = asyncio.Event()
         self._closing = False
         self._runner: asyncio.Task[None] | None = None
@@ -253,7 +256,7 @@ class BatchedWriter:
         for item, outcome in zip(batch, outcomes, strict=True):
             self._remember(item, outcome, now)
             _answer(item, outcome)
-        self._call_hooks(operations, outcomes)
+        self._call(self.on_commit, operations, outcomes)
 
     def _remember(self, item: Waiting, outcome: Outcome, now: float) -> None:
         if item.lane is None:
@@ -263,17 +266,19 @@ class BatchedWriter:
         elif isinstance(outcome, Applied):
             self._queue.remember(item.lane, now)
 
-    def _call_hooks(self, operations: Sequence[Operation], outcomes: Sequence[Outcome]) -> None:
-        for hook in self.on_commit:
+    def _call(self, hooks: Sequence[Callable[..., None]], *arguments: object) -> None:
+        for hook in hooks:
             try:
-                hook(operations, outcomes)
+                hook(*arguments)
             except Exception:
                 self._hook_errors += 1
-                _logger.exception("a hook failed after a commit, which stands")
+                _logger.exception("a hook failed after a commit, which stands as it is")
 
     def _fail(self, batch: Sequence[Waiting], error: StoreError) -> None:
         self._failed_batches += 1
         self._settle(batch, error)
+        if isinstance(error, StoreFailed):
+            self._call(self.on_doubt, [item.operation for item in batch])
 
     def _settle(self, batch: Sequence[Waiting], error: StoreError) -> None:
         self._in_flight = ()

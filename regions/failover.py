@@ -594,6 +594,10 @@ class Failover:
 
     # ------------------------------------------------------------ recovering
 
+    def look_again(self) -> None:
+        """A win may be on disk that nobody was told of: recover what it left to be recovered."""
+        self._recover_now.set()
+
     async def recover(self, thread_id: str) -> None:
         """Adopt what the election found of a thread, so that it can be served. Raises Unavailable."""
         await self._recoveries.do(thread_id, lambda: self._recover(thread_id))

@@ -98,10 +98,14 @@ class Membership:
     def committed(self, operations: Sequence[replication.Operation]) -> None:
         """The writer's hook: a record that is on disk here is followed at once."""
         if any(isinstance(operation, replication.Configure) for operation in operations):
-            record = self._log.record
-            if record is not None and record.order >= self._topology.record.order:
-                self._topology.adopt(record)
-                self._changed.set()
+            self.look_again()
+
+    def look_again(self) -> None:
+        """Follow the record that is on disk here."""
+        record = self._log.record
+        if record is not None and record.order >= self._topology.record.order:
+            self._topology.adopt(record)
+            self._changed.set()
 
     async def _follow_records(self) -> None:
         while True:

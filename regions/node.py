@@ -108,7 +108,14 @@ async def open_node(
             replicator.committed(operations, outcomes)
             feed.notify()
 
+        def doubted(operations: Sequence[replication.Operation]) -> None:
+            membership.look_again()
+            failover.look_again()
+            replicator.doubted(operations)
+            feed.notify()
+
         writer.on_commit.append(committed)
+        writer.on_doubt.append(doubted)
         adopter = Adopter(topology=topology, log=engine, submit=writer.submit, transport=transport)
         failover = Failover(
             topology=topology,

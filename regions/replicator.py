@@ -129,6 +129,18 @@ class Replicator:
         for target in self.targets.values():
             target.kick()
 
+    def doubted(self, operations: Sequence[replication.Operation]) -> None:
+        """Nobody can say what of a batch is on disk: of it all, the outbox is believed and nothing in memory."""
+        for operation in operations:
+            match operation:
+                case replication.Win(group=group) | replication.AdoptGroup(group=replication.GroupRow(group=group)):
+                    self._begin_epoch(group)
+                case _:
+                    pass
+        self.look_again()
+        for target in self.targets.values():
+            target.kick()
+
     def _begin_epoch(self, group: str) -> None:
         """What was owed and waited for in the epoch before is over."""
         for target in self.targets.values():

@@ -488,6 +488,18 @@ async def test_hooks_hear_of_every_durable_batch(open_writer: Open, engine: Scri
     assert heard == [(["a1", "Acknowledge"], 2)]
 
 
+async def test_hooks_hear_of_every_batch_that_may_be_durable(open_writer: Open, engine: ScriptedEngine) -> None:
+    writer = open_writer()
+    doubted: list[list[str]] = []
+    writer.on_doubt.append(lambda operations: doubted.append([name_of(o) for o in operations]))
+    for error in (StoreFull("full"), StoreFailed("fsync"), OSError("odd")):
+        failing = submit(writer, write("a", str(error)))
+        await engine.let_through(raising(error))
+        with pytest.raises(StoreError):
+            await failing
+    assert doubted == [["fsync"], ["odd"]]
+
+
 async def test_a_hook_that_fails_is_counted_and_stops_nobody(
     open_writer: Open, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

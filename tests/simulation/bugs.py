@@ -433,6 +433,15 @@ def failed_commits_are_reported_as_refused() -> Sequence[Any]:
     ]
 
 
+@bug("After a commit in doubt the disk is looked at.", ("failed_fsync", "add_region", "remove_region"), seeds_max=120)
+def doubts_are_forgotten() -> Sequence[Any]:
+    def doubt_nothing(self: Any, batch: Any, error: base.StoreError) -> None:
+        self._failed_batches += 1
+        self._settle(batch, error)
+
+    return [patch.object(writer.BatchedWriter, "_fail", doubt_nothing)]
+
+
 # ---------------------------------------------------------------- membership
 
 
