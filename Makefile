@@ -12,6 +12,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export UV_PYTHON_DOWNLOADS := never
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 
+# How many processes share the quick tests, file by file. The long ones have the machine to themselves.
+TESTERS ?= 2
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install run test test-full lint bench simulate lock clean
@@ -33,7 +36,7 @@ run: install
 	$(BIN)/weft up $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not full" -q $(ARGS)
+	$(BIN)/python -m pytest -m "not full" -q --numprocesses=$(TESTERS) --dist=loadfile $(ARGS)
 
 test-full: install
 	$(BIN)/python -m pytest -m full -q --durations=15 $(ARGS)

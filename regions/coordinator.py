@@ -191,7 +191,7 @@ class Coordinator:
         """A write to a group that this region holds, at the durability it asks for."""
         level = self._level(write)
         if level != "region":
-            self._require_reachable(level, self._others(level))
+            self._require_reachable(level)
             write = msgspec.structs.replace(write, durability=level)
         written = await self._local.submit(write)
         assert isinstance(written, Written)
@@ -202,7 +202,7 @@ class Coordinator:
         """What was committed here, when as many others hold it as its level and its effect ask for."""
         group = written.row.group
         if level != "region":
-            await self._await_others(written.row, written.version.v, self._others(level))
+            await self._await_others(written.row, written.version.v, level)
         if self._failover.needs_lease and not self._failover.has_lease(group):
             raise OutcomeUnknown(f"another region may hold group {group} by now; retry with the same ids")
         if written.narrowed or _may_narrow(written):
@@ -216,24 +216,28 @@ class Coordinator:
             await self._failover.recover(write.thread_id)
             return await self.write_here(write)
 
-    def _others(self, level: str) -> int:
-        """How many other regions have to hold what is acknowledged at that level."""
+    def _others(self, level: Durability) -> int:
+        """How many other regions have to hold what is acknowledged at that level, by the record of this moment."""
         return self._topology.others_for_majority if level == "quorum" else len(self._topology.voting_peers)
 
-    async def _await_others(self, row: Row, v: int, others: int) -> None:
-        """Return when so many other regions hold the thread up to `v`, and this one still holds the group.
+    async def _await_others(self, row: Row, v: int, level: Durability) -> None:
+        """Return when as many other regions hold the thread up to `v` as the level asks for, and this one still
+        holds the group.
 
         Only answers of this epoch count, and only through an entry of it: older entries that a majority happens
-        to have can still be replaced by an election that does not see them (Raft, figure 8).
+        to have can still be replaced by an election that does not see them (Raft, figure 8). Who counts and how many
+        are needed is of one record, the present one: two of three, of which one votes since a moment ago, are a
+        majority neither of the three before nor of the four after.
         """
         epoch, start = row.epochs[-1]
         held = await self._replicator.confirmations(
             row.group,
             row.id,
             max(v, start),
-            enough=lambda confirmed: len(confirmed) >= others,
+            enough=lambda confirmed: len(confirmed) >= self._others(level),
             seconds_max=self._limits.write_seconds_max,
         )
+        others = self._others(level)
         # What is owed is forgotten when the group moves, which looks like having been delivered.
         still = self._log.is_holder(row.group) and self._log.groups[row.group].epoch == epoch
         if not still:
@@ -246,22 +250,21 @@ class Coordinator:
     async def resubmit_here(self, operation: replication.Resubmit) -> Sequence[tuple[str, Fate]]:
         """Entries saved from an older epoch, for a group that this region holds; answered once a majority has
         them."""
-        others = self._others("quorum")
-        self._require_reachable("quorum", others)
+        self._require_reachable("quorum")
         try:
             outcome = await self._local.submit(operation)
         except base.Recovering:
             await self._failover.recover(operation.thread_id)
             outcome = await self._local.submit(operation)
         assert isinstance(outcome, replication.Resubmitted)
-        if others:
-            await self._await_others(outcome.written.row, outcome.written.row.v, others)
+        await self._await_others(outcome.written.row, outcome.written.row.v, "quorum")
         return outcome.fates
 
     def _level(self, write: Write) -> Durability:
         return write.durability or self._limits.durability
 
-    def _require_reachable(self, level: str, others: int) -> None:
+    def _require_reachable(self, level: Durability) -> None:
+        others = self._others(level)
         counting = self._replicator.counting()
         if len(counting) < others:
             raise Unavailable(

@@ -105,6 +105,8 @@ class Replicator:
                 target = self._add(region)
                 if self._running:
                     target.start()
+        for waiter in [waiter for waiters in self._waiters.values() for waiter in waiters]:
+            self._check(waiter)
         await asyncio.gather(*(target.close() for target in gone))
 
     def committed(self, operations: Sequence[replication.Operation], outcomes: Sequence[replication.Outcome]) -> None:

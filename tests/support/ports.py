@@ -27,7 +27,13 @@ class _Draw:
     """Hands out ports in a ring over the range, each once."""
 
     def __init__(self) -> None:
-        self._range = range(_LOWEST, max(_ephemeral_from(), _LOWEST + 2_000) - max(_UP_OFFSETS))
+        end = max(_ephemeral_from(), _LOWEST + 2_000)
+        # Processes that share the tests must not find the same port free at the same moment: a part for each.
+        parts = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        part = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        size = (end - _LOWEST) // parts
+        start = _LOWEST + part * size
+        self._range = range(start, start + size - max(_UP_OFFSETS))
         self._next = os.getpid() * 421 % len(self._range)
         self._given: set[int] = set()
 
