@@ -200,16 +200,27 @@ class Membership:
         held = tuple(sorted(group for group in self._log.groups if self._log.is_holder(group)))
         # In this order: what a comparison finds is owed, and so waited for.
         asked = [region for region in self._topology.voting_peers if self._repair.is_caught_up(region)]
-        results = await asyncio.gather(*(self._replicator.settle(region, message.seconds_max) for region in asked))
+        settling = [asyncio.create_task(self._settle(region, message.seconds_max)) for region in asked]
+        have = int(self._topology.votes)
+        waiting = set(settling)
+        try:
+            # A majority is enough: one that has a thread it can't apply would keep the others waiting all its time.
+            while waiting and have < self._topology.majority:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                have += sum(task.result() for task in done)
+        finally:
+            for task in settling:
+                task.cancel()
         if message.config_version != self._topology.number:
             return SettledAnswer(held=(), reason="the membership record changed meanwhile")
-        have = self._topology.votes + sum(
-            done and region in self._replicator.targets and self._replicator.targets[region].counts
-            for region, done in zip(asked, results, strict=True)
-        )
         if have < self._topology.majority:
             return SettledAnswer(held=(), reason=f"{have} of {self._topology.majority} regions have what it holds")
         return SettledAnswer(held=held)
+
+    async def _settle(self, region: str, seconds_max: float) -> bool:
+        """Whether the region has all that was written by now, within that time, and counts."""
+        done = await self._replicator.settle(region, seconds_max)
+        return done and region in self._replicator.targets and self._replicator.targets[region].counts
 
     async def _change(self, before: Record, members: tuple[Member, ...]) -> Record:
         record = Record(before.epoch, before.version + 1, before.first_group, members)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any, Final, Literal
 from unittest.mock import patch
 
@@ -444,20 +443,6 @@ def doubts_are_forgotten() -> Sequence[Any]:
 
 
 # ---------------------------------------------------------------- membership
-
-
-@bug("How many are needed is of the record that says who counts.", MEMBERS, seeds_max=1_000)
-def needed_is_of_the_record_before() -> Sequence[Any]:
-    now = coordinator.Coordinator._others
-    wait = coordinator.Coordinator._await_others
-
-    async def wait_for_as_many_as_then(self: Any, row: Any, v: int, level: Any) -> None:
-        then = SimpleNamespace(_replicator=self._replicator, _limits=self._limits, _log=self._log)
-        needed = now(self, level)
-        then._others = lambda level: needed
-        await wait(then, row, v, level)  # pyright: ignore[reportArgumentType]
-
-    return [patch.object(coordinator.Coordinator, "_await_others", wait_for_as_many_as_then)]
 
 
 @bug("A learner's confirmations count for no quorum.", MEMBERS, seeds_max=300)

@@ -530,6 +530,25 @@ def test_a_learners_own_copy_is_in_no_majority() -> None:
     play(script)
 
 
+def test_a_voter_that_is_added_meanwhile_is_none_of_those_that_were_asked_for() -> None:
+    """A write waits for both others of three; one of them can't apply it, and a fourth region that begins to vote is
+    no replacement."""
+
+    async def script(it: Script) -> None:
+        thread_id = it.mint(HOME)
+        await it.write(HOME, create(thread_id), "all")
+        it.world.network.poison.add((THIRD, thread_id))
+        await it.add(FOURTH)
+        assert FOURTH not in it.world.voters
+        with pytest.raises(OutcomeUnknown):
+            await it.write(HOME, append(thread_id, message("m1")), "all")
+        assert FOURTH in it.world.voters, "it did not vote in time to mean anything"
+        assert "m1" in it.ids(FOURTH, thread_id) and "m1" not in it.ids(THIRD, thread_id)
+        it.heal()
+
+    play(script)
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_repair_during_writes(seed: int) -> None:
     """Groups are compared and offered at once, over and over, while clients write and links lose messages."""
