@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from random import Random
 from typing import Any, Final
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from aiohttp import web
 from aiohttp.http import SERVER_SOFTWARE
@@ -23,6 +23,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from edge.auth import REALM, AuthProblem, TokenVerifier, TrustedIssuer, VerifiedToken
 from edge.balancer import Balancer
+from edge.cache import HttpCache
 from edge.feed import Feed
 from edge.headers import (
     CACHE_STATUS,
@@ -111,6 +112,17 @@ class Edge:
         self.presence = Presence()
         self._upstream = Upstream(self._session, self.balancer, self.metrics, headers_timeout_s=edge.origin_timeout_s)
         self._proxy = Proxy(self._upstream, self.presence, body_bytes_max=self._body_bytes_max)
+        self.cache = HttpCache(
+            self._proxy,
+            self._upstream,
+            self.presence,
+            self.metrics,
+            size_bytes_max=edge.cache_bytes_max,
+            entry_bytes_max=edge.cache_entry_bytes_max,
+            outage_s=edge.cache_outage_s,
+            authorities=(urlsplit(origin).netloc for origin in origins),
+            clock=clock,
+        )
         self._keys = {
             issuer.issuer: IssuerKeys(self._key_source(issuer), issuer.algorithms, clock=clock, rng=rng)
             for issuer in settings.auth.issuers
@@ -155,7 +167,12 @@ class Edge:
         if access is Access.NEVER:
             raise Problem(404, "not-found", "Nothing is served at this path.")
         if access is Access.OPEN:
-            return await self._proxy.forward(request, for_origin(request, identity=None, keep_authorization=True))
+            return await self.cache.handle(
+                request,
+                None,
+                headers=lambda: for_origin(request, identity=None, keep_authorization=True),
+                authorized=True,
+            )
         verified = await self._authenticate(request)
         if path == VERIFY_PATH:
             return _claims_response(request, verified)
@@ -204,6 +221,7 @@ class Edge:
 
     async def close(self) -> None:
         """Idempotent."""
+        await self.cache.close()
         await self._session.close()
 
     async def _authenticate(self, request: web.Request) -> VerifiedToken:
@@ -222,6 +240,16 @@ class Edge:
         on_answer: Callable[[int, CIMultiDictProxy[str]], None] | None = None,
         headers_timeout_s: float | None = None,
     ) -> web.StreamResponse:
+        if cache_status is None:
+            return await self.cache.handle(
+                request,
+                (principal.issuer, principal.subject, principal.team),
+                headers=lambda: for_origin(request, identity=self._identity(principal)),
+                check=self._check_believed,
+                on_answer=on_answer,
+                headers_timeout_s=headers_timeout_s,
+            )
+
         def check(status: int, headers: CIMultiDictProxy[str]) -> None:
             self._check_believed(status)
             if on_answer is not None:
@@ -230,7 +258,7 @@ class Edge:
         return await self._proxy.forward(
             request,
             for_origin(request, identity=self._identity(principal)),
-            answer_headers=CIMultiDict({CACHE_STATUS: cache_status}) if cache_status else None,
+            answer_headers=CIMultiDict({CACHE_STATUS: cache_status}),
             on_answer=check,
             headers_timeout_s=headers_timeout_s,
         )
@@ -349,6 +377,9 @@ class Edge:
             ("issuer",),
             lambda: {(name,): age for name, keys in self._keys.items() if (age := keys.statistics().age_s) is not None},
         )
+        cache = self.cache
+        metrics.gauge("edge_cache_entries", "URLs with answers held.", callback=lambda: cache.statistics().items)
+        metrics.gauge("edge_cache_bytes", "What they weigh.", callback=lambda: cache.statistics().size_bytes)
         if self.feed is None or self.listings is None:
             return
         feed, listings = self.feed, self.listings

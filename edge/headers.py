@@ -8,7 +8,7 @@ a client. Left to others: the values of identity (`infra/identity.py`) and the b
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, TypeAlias
 
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -22,6 +22,8 @@ MIN_POSITION_HEADER: Final = "X-Sync-Min-Position"
 """Of a client's request for a listing: the answer may be no older than this position."""
 CACHE_STATUS: Final = "Cache-Status"
 VIA: Final = "1.1 weft"
+
+Headers: TypeAlias = CIMultiDict[str] | CIMultiDictProxy[str]
 
 HOP_BY_HOP: Final = frozenset(
     {
@@ -45,6 +47,8 @@ _SPOOFABLE: Final = frozenset({"remote-email", "remote-groups", "remote-name", "
 _ANSWERED: Final = POSITION_HEADER.lower()
 """Means something in an answer, and is nothing that a client could state."""
 _SPOOFABLE_PREFIXES: Final = ("x-weft-", "x-auth-request-", "x-remote-")
+_FOR_CACHES: Final = frozenset({"surrogate-key", "cache-tag", "weft-cdn-cache-control"})
+"""What an origin says to this cache and to nobody behind it."""
 
 
 def claims_identity(name: str) -> bool:
@@ -96,16 +100,23 @@ def for_fill(*, identity: str | None, min_position: str = "") -> CIMultiDict[str
     return headers
 
 
-def for_client(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+def for_client(headers: Headers) -> CIMultiDict[str]:
     """The headers of an origin's answer that its client may see, and ours."""
+    kept = end_to_end(headers)
+    for name in _FOR_CACHES:
+        kept.popall(name, None)
+    kept["Via"] = ", ".join((*headers.getall("Via", []), VIA))
+    return kept
+
+
+def end_to_end(headers: Headers) -> CIMultiDict[str]:
+    """The headers of an origin's answer that may be kept (RFC 9111 §3.1)."""
     dropped = _connection_listed(headers)
     kept: CIMultiDict[str] = CIMultiDict()
     for name, value in headers.items():
         lower = name.lower()
-        if lower in HOP_BY_HOP or lower in dropped or lower == "via" or claims_identity(lower):
-            continue
-        kept.add(name, value)
-    kept["Via"] = ", ".join((*headers.getall("Via", []), VIA))
+        if not (lower in HOP_BY_HOP or lower in dropped or claims_identity(lower)):
+            kept.add(name, value)
     return kept
 
 
@@ -117,7 +128,7 @@ def _describe(headers: CIMultiDict[str], identity: str | None) -> None:
         headers[IDENTITY_HEADER] = identity
 
 
-def _connection_listed(headers: CIMultiDictProxy[str]) -> frozenset[str]:
+def _connection_listed(headers: Headers) -> frozenset[str]:
     listed = headers.getall("Connection", ())
     return frozenset(_names(listed)) - {"content-length"} if listed else frozenset()
 

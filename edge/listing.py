@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import re
 import sys
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
@@ -24,7 +23,7 @@ from multidict import CIMultiDict
 
 from edge.feed import Change, FeedView
 from edge.headers import CACHE_STATUS
-from infra.cache import ByteLRU, CacheStatistics
+from infra.cache import ByteLRU, CacheStatistics, Marks
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import Principal
 from infra.metrics import Metrics
@@ -35,7 +34,6 @@ ENTRIES_MAX: Final = 100_000
 ENTRY_BYTES_MAX: Final = 2 * 1024 * 1024
 TAG_BYTES: Final = 200
 """What one tag of one entry weighs, roughly."""
-MARKS_MAX: Final = 65_536
 FLIGHT_JOINS_MAX: Final = 2
 
 _CONTENT_HEADERS: Final = ("Content-Length", "Content-Type", "Content-Language")
@@ -83,28 +81,6 @@ class _Page:
     """The number of the last drop before the region was asked."""
     stored_at: float
     kept: bool = False
-
-
-class Marks:
-    """The highest number each name was given; of names forgotten for room, the highest that any of them had."""
-
-    def __init__(self, names_max: int = MARKS_MAX) -> None:
-        self._names_max = names_max
-        self._numbers: OrderedDict[object, int] = OrderedDict()
-        self._floor = 0
-
-    def raise_to(self, name: object, number: int) -> None:
-        self._numbers[name] = max(number, self._numbers.pop(name, 0))
-        if len(self._numbers) > self._names_max:
-            self._floor = max(self._floor, self._numbers.popitem(last=False)[1])
-
-    def get(self, name: object) -> int:
-        return self._numbers.get(name, self._floor)
-
-    def clear(self, floor: int = 0) -> None:
-        """Forget every name; all of them count as given `floor`."""
-        self._numbers.clear()
-        self._floor = floor
 
 
 class Listings:

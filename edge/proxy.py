@@ -107,13 +107,13 @@ class Presence:
     """Which clients are still there, and which of their requests are event streams that must end with the process."""
 
     def __init__(self) -> None:
-        self._present: set[_Present] = set()
+        self._present: set[Present] = set()
 
     @contextmanager
-    def of(self, request: web.BaseRequest) -> Generator[_Present]:
+    def of(self, request: web.BaseRequest) -> Generator[Present]:
         """While inside, the current task is cancelled when the client of `request` leaves; the cancellation becomes a
         ConnectionResetError on the way out."""
-        present = _Present(request)
+        present = Present(request)
         self._present.add(present)
         try:
             yield present
@@ -143,7 +143,7 @@ class Presence:
         return len(self._present)
 
 
-class _Present:
+class Present:
     __slots__ = ("_ending", "_request", "_task", "streaming")
 
     def __init__(self, request: web.BaseRequest) -> None:
@@ -320,7 +320,7 @@ class Proxy:
                         on_answer(answer.status, answer.headers)
                     passed = for_client(answer.headers)
                     passed.extend(answer_headers or {})
-                    return await self._relay(request, answer, passed, present)
+                    return await self.relay(request, answer, passed, present)
             except OriginBroken as exc:
                 log.warning("answer broke off: %s", exc)
                 if request.writer.output_size == 0:
@@ -328,13 +328,14 @@ class Proxy:
                 reset_connection(request)
                 raise ConnectionResetError("the origin's answer broke off") from exc
 
-    async def _relay(
+    async def relay(
         self,
         request: web.BaseRequest,
         answer: aiohttp.ClientResponse,
         headers: CIMultiDict[str],
-        present: _Present,
+        present: Present,
     ) -> web.StreamResponse:
+        """Pass an answer on as it comes, with `headers` (made by `headers.for_client`). OriginBroken."""
         events = is_event_stream(answer)
         first = b""
         if 0 < (answer.content_length or 0) <= ONE_WRITE_BYTES_MAX and request.method != "HEAD":

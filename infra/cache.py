@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+
+MARKS_MAX: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,3 +157,25 @@ class ByteLRU(Generic[K, V]):
                 if not keys:
                     del self._keys_of_tag[tag]
         return entry
+
+
+class Marks:
+    """The highest number each name was given; of names forgotten for room, the highest that any of them had."""
+
+    def __init__(self, names_max: int = MARKS_MAX) -> None:
+        self._names_max = names_max
+        self._numbers: OrderedDict[object, int] = OrderedDict()
+        self._floor = 0
+
+    def raise_to(self, name: object, number: int) -> None:
+        self._numbers[name] = max(number, self._numbers.pop(name, 0))
+        if len(self._numbers) > self._names_max:
+            self._floor = max(self._floor, self._numbers.popitem(last=False)[1])
+
+    def get(self, name: object) -> int:
+        return self._numbers.get(name, self._floor)
+
+    def clear(self, floor: int = 0) -> None:
+        """Forget every name; all of them count as given `floor`."""
+        self._numbers.clear()
+        self._floor = floor

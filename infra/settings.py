@@ -169,6 +169,11 @@ class EdgeSettings(Struct, frozen=True):
     assets: Path | None = None
     listing_ttl_s: SecondsOrNone = 5.0
     listing_bytes_max: Bytes = 64 * 1024 * 1024
+    cache_bytes_max: Bytes = 256 * 1024 * 1024
+    cache_entry_bytes_max: Bytes = 8 * 1024 * 1024
+    """A larger answer is passed through and not kept."""
+    cache_outage_s: SecondsOrNone = 60.0
+    """How long past its time an answer may stand in for an origin that does not answer."""
     drain_s: SecondsOrNone = 10.0
     origin_timeout_s: Seconds = 30.0
 

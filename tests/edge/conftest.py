@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from edge.app import EDGE, Edge, build_app
+from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IDENTITY_HEADER, SERVER_IDENTITY_HEADER, IdentitySigner, IdentityVerifier, write_peer_key
 from infra.server import HEADER_LINE_BYTES_MAX, Lifecycle
 from infra.settings import AuthSettings, EdgeSettings, IssuerSettings, RegionSettings, Settings, SyncSettings
@@ -325,6 +326,7 @@ async def start_edge(signer: Signer, jwks_file: Path, peer_key_file: Path) -> As
             issuers: tuple[IssuerSettings, ...] | None = None,
             live: bool = True,
             body_bytes_max: int = 64 * 1024,
+            clock: Clock = SYSTEM_CLOCK,
             **edge: Any,
         ) -> RunningEdge:
             if issuers is None:
@@ -340,7 +342,7 @@ async def start_edge(signer: Signer, jwks_file: Path, peer_key_file: Path) -> As
                 settings, server=msgspec.structs.replace(settings.server, body_bytes_max=body_bytes_max)
             )
             lifecycle = Lifecycle()
-            app = await build_app(settings, lifecycle)
+            app = await build_app(settings, lifecycle, clock=clock)
             port = await stack.enter_async_context(serving(app, auto_decompress=False))
             client = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
             url = f"http://127.0.0.1:{port}"

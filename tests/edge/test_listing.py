@@ -11,7 +11,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from edge.feed import Change
-from edge.listing import Ask, Fetched, Listings, Marks, canonical_query, matches
+from edge.listing import Ask, Fetched, Listings, canonical_query, matches
 from infra.identity import Principal
 from infra.metrics import Metrics
 from tests.support.fakeclock import FakeClock, settle
@@ -382,18 +382,6 @@ async def test_a_failed_fetch_fails_all_who_wait_and_is_forgotten(listings, regi
     gate.set()
     assert all(isinstance(result, ConnectionError) for result in await asyncio.gather(*asking, return_exceptions=True))
     assert "stored" in status(await listings.answer(Ask(ADA, "/api/threads", ""), region.fetch))
-
-
-def test_marks_remember_the_highest_and_forget_into_a_floor():
-    marks = Marks(names_max=2)
-    marks.raise_to("a", 5)
-    marks.raise_to("a", 3)
-    assert (marks.get("a"), marks.get("b")) == (5, 0)
-    marks.raise_to("b", 6)
-    marks.raise_to("c", 7)
-    assert (marks.get("a"), marks.get("b"), marks.get("z")) == (5, 6, 5)
-    marks.clear()
-    assert marks.get("a") == 0
 
 
 def test_entity_tags_are_compared_weakly():

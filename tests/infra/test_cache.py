@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.cache import ByteLRU
+from infra.cache import ByteLRU, Marks
 
 
 def cache(size_bytes_max: int = 100, items_max: int = 10, item_bytes_max: int | None = 100) -> ByteLRU[str, str]:
@@ -167,3 +167,15 @@ def test_any_sequence_of_operations_agrees_with_a_plain_model(steps: list[tuple]
         assert after.items == len(model)
         assert after.size_bytes == sum(size for _, size, _, _ in model.values())
         assert after.tags == len({tag for held in model.values() for tag in held[3]})
+
+
+def test_marks_remember_the_highest_and_forget_into_a_floor():
+    marks = Marks(names_max=2)
+    marks.raise_to("a", 5)
+    marks.raise_to("a", 3)
+    assert (marks.get("a"), marks.get("b")) == (5, 0)
+    marks.raise_to("b", 6)
+    marks.raise_to("c", 7)
+    assert (marks.get("a"), marks.get("b"), marks.get("z")) == (5, 6, 5)
+    marks.clear()
+    assert marks.get("a") == 0

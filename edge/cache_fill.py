@@ -1,0 +1,205 @@
+"""One request to the origin that several clients may be answered by, its body handed on as it comes.
+
+Promise: who joins sees the whole body from its first byte, at its own pace, or learns that it broke off; who leaves
+disturbs nobody, and the last to leave ends the request; beyond `bytes_max` nothing is kept, and the origin is read no
+faster than the slowest reader takes it. Left to others: whether an answer may be shared (`cache.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Generator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import aiohttp
+
+from edge.cache_policy import Kept
+
+READERS_MAX: Final = 4096
+"""Clients that wait for one answer; more go on their own."""
+AHEAD_BYTES_MAX: Final = 256 * 1024
+"""How far an answer too large to be kept is read ahead of its slowest reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The answer is here: kept, or confirmed by the origin."""
+
+    kept: Kept
+    stored: bool
+    status: int
+    """The origin's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The answer's headers are here, and its body is on its way to all who joined."""
+
+    kept: Kept
+    """Without its body."""
+    length: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """An answer for nobody but who asked first, who must close `stack`."""
+
+    answer: aiohttp.ClientResponse
+    status: int
+    stack: AsyncExitStack
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """There is no answer."""
+
+    error: Exception
+    outage: bool
+    """The origin could not be reached, or broke off."""
+
+
+Outcome: TypeAlias = Whole | Begun | Handed | Failed
+
+
+class Fill:
+    """One flight. Its task resolves `outcome` first, then feeds the body and ends."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self.outcome: Outcome | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.broken: Exception | None = None
+        """Why the body ended early, once it has."""
+        self.began = 0
+        """The store's generation when the origin was asked."""
+        self.ended = False
+        self.led = True
+        """Whether there is still somebody to hand an answer to that is not for all."""
+        self.size = 0
+        self.keeps = True
+        """False once the body has become too large to be kept."""
+        self._bytes_max = bytes_max
+        self._chunks: deque[bytes] = deque()
+        self._gone = 0
+        """Chunks that every reader has taken, and that are let go of because nothing is kept."""
+        self._ahead = 0
+        self._readers: set[Reader] = set()
+        self._waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def readers(self) -> int:
+        return len(self._readers)
+
+    @contextmanager
+    def join(self) -> Generator[Reader]:
+        """Take part from the body's first byte on. Only before a byte was let go of."""
+        reader = Reader(self)
+        self._readers.add(reader)
+        gone = True
+        try:
+            yield reader
+            gone = False
+        finally:
+            self._readers.discard(reader)
+            self._trim()
+            if gone and not self._readers and not self.ended and self.task is not None:
+                self.task.cancel()
+
+    @property
+    def can_be_joined(self) -> bool:
+        return self.keeps and len(self._readers) < READERS_MAX
+
+    def resolve(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.wake()
+
+    def feed(self, chunk: bytes) -> None:
+        self._chunks.append(chunk)
+        self.size += len(chunk)
+        self._ahead += len(chunk)
+        if self.size > self._bytes_max:
+            self.keeps = False
+        self._trim()
+        self.wake()
+
+    def let_go(self) -> None:
+        """Keep no more of it than its readers need."""
+        self.keeps = False
+        self._trim()
+
+    async def room(self) -> None:
+        """Wait until the slowest reader is near enough."""
+        while not self.keeps and self._ahead > AHEAD_BYTES_MAX and self._readers:
+            await self.changed()
+
+    def end(self, broken: Exception | None = None) -> None:
+        if not self.ended:
+            self.broken = broken
+            self.ended = True
+            self.wake()
+
+    def body(self) -> bytes:
+        return b"".join(self._chunks)
+
+    async def changed(self) -> None:
+        """Wait for the next step of anybody's."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def chunk(self, index: int) -> bytes | None:
+        """The body's chunk of this number, if it is here."""
+        at = index - self._gone
+        return self._chunks[at] if at < len(self._chunks) else None
+
+    def _trim(self) -> None:
+        if self.keeps:
+            return
+        slowest = min((reader.taken for reader in self._readers), default=self._gone + len(self._chunks))
+        while self._gone < slowest and self._chunks:
+            self._ahead -= len(self._chunks.popleft())
+            self._gone += 1
+
+    def advanced(self) -> None:
+        """A reader took a chunk."""
+        if not self.keeps:
+            self._trim()
+            self.wake()
+
+
+class Reader:
+    """One who is answered by a fill."""
+
+    def __init__(self, fill: Fill) -> None:
+        self._fill = fill
+        self.taken = 0
+        """Chunks."""
+
+    async def outcome(self) -> Outcome:
+        while self._fill.outcome is None:
+            await self._fill.changed()
+        return self._fill.outcome
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body. Raises what broke it off."""
+        fill = self._fill
+        while True:
+            chunk = fill.chunk(self.taken)
+            if chunk is not None:
+                yield chunk
+                self.taken += 1
+                fill.advanced()
+            elif not fill.ended:
+                await fill.changed()
+            elif fill.broken is not None:
+                raise fill.broken
+            else:
+                return
