@@ -233,7 +233,11 @@ async def test_an_entry_that_fits_but_was_not_there_is_not_taken(folders: tuple[
     forged = next_entry(before, "t1", last.epoch, last.kind, last.id, last.meta, last.body.replace(b"m30", b"m31"))
     damage(folder, "UPDATE entries SET body = x'7b7d' WHERE pos = (1 << 24) + 31")
     store = await open_store(folder)
-    assert (await commit_one(store, Mend("t1", (forged,)))).damaged  # type: ignore[union-attr]
+    rotten = everything(folder)["entries"]
+    altered = msgspec.structs.replace(last, body=forged.body)
+    for offered in (forged, altered):
+        assert (await commit_one(store, Mend("t1", (offered,)))).damaged  # type: ignore[union-attr]
+        assert everything(folder)["entries"] == rotten
     assert not (await commit_one(store, Mend("t1", (last,)))).damaged  # type: ignore[union-attr]
     assert found(folder) == ()
     for each in (store, peer):

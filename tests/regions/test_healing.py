@@ -163,6 +163,28 @@ async def test_who_comes_across_damage_has_it_mended(cluster: Cluster) -> None:
     await eventually(lambda: cluster.converged())
 
 
+async def test_what_a_peer_refused_while_it_was_damaged_is_sent_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regions.replication_target.ATTEMPTS_BEFORE_PARKING", 1)
+    await fill(cluster)
+    cluster.network.isolate(THIRD)
+    thread_id = cluster[HOME].mint.thread_id()
+    await cluster[HOME].coordinator.write(create(thread_id, ANN, messages=messages(3)))
+    await eventually(lambda: cluster.converged_between(HOME, OTHER))
+    await cluster[HOME].close()  # or it would send what it has in memory
+    damage(cluster[HOME], "UPDATE entries SET body = x'7b7d' WHERE id = 'm2' AND pos >> 24 = 2")
+    await cluster[HOME].open()
+    cluster.network.heal()
+
+    async def parked() -> bool:
+        return (await cluster[HOME].store.backlog(THIRD)).parked == 1
+
+    await eventually(parked)
+    assert (await scrub(cluster[HOME])).damaged == 0
+    await eventually(lambda: cluster.converged())
+
+
 async def test_a_peer_that_lies_is_not_believed(cluster: Cluster) -> None:
     thread_id = await fill(cluster)
     damage(cluster[HOME], "UPDATE entries SET body = x'7b7d' WHERE id = 'm3'")
