@@ -27,6 +27,7 @@ from origin.store.sqlite import SqliteStore
 from origin.thread import Row
 from regions.coordinator import CoordinatorLimits
 from regions.failover import FailoverLimits
+from regions.healing import Mender
 from regions.metrics import add_region_metrics
 from regions.node import Node, NodeLimits, open_node
 from regions.peer_api import PeerApi
@@ -84,7 +85,14 @@ async def open_region(
                 limits=node_limits(settings),
             )
         )
-        scrubbing = Scrubbing(settings.store.path, every_s=settings.store.scrub_every_s, clock=clock, rng=random_source)
+        mender = Mender(settings.store.path, node.writer.submit, node.healing)
+        scrubbing = Scrubbing(
+            settings.store.path,
+            every_s=settings.store.scrub_every_s,
+            clock=clock,
+            rng=random_source,
+            mend=mender.mend,
+        )
         await scrubbing.start()
         stack.push_async_callback(scrubbing.close)
         peer_api = PeerApi(

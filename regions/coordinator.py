@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
@@ -121,6 +121,7 @@ class Coordinator:
         rng: random.Random,
         limits: CoordinatorLimits | None = None,
         edges: Edges = NO_EDGES,
+        suspect: Callable[[str], None] | None = None,
     ) -> None:
         self._topology = topology
         self._local = local
@@ -132,6 +133,8 @@ class Coordinator:
         self._rng = rng
         self._limits = limits or CoordinatorLimits()
         self._edges = edges
+        self._suspect = suspect
+        """Told of threads that could not be read for what has rotted on this region's disk."""
         self._known_groups: OrderedDict[str, str] = OrderedDict()
         self._fetches: SingleFlight[str, None] = SingleFlight()
         self.claims = Claims(
@@ -497,6 +500,21 @@ class Coordinator:
         freshness: Freshness = LOCAL,
     ) -> ThreadPage:
         self._require_joined()
+        with self._noting_damage(thread_id):
+            return await self._read(thread_id, actor, after, limit, freshness)
+
+    @contextmanager
+    def _noting_damage(self, thread_id: str) -> Generator[None]:
+        try:
+            yield
+        except base.ThreadDamaged:
+            if self._suspect is not None:
+                self._suspect(thread_id)
+            raise
+
+    async def _read(
+        self, thread_id: str, actor: Principal | None, after: str | None, limit: int, freshness: Freshness
+    ) -> ThreadPage:
         if freshness.consistency == "origin":
             # Not shared: a fetch under way may have asked before a write that this caller knows to be acknowledged.
             await self._fetch_all(thread_id)
@@ -520,6 +538,10 @@ class Coordinator:
 
     async def log(self, thread_id: str, actor: Principal | None, after: int, limit: int) -> LogSlice:
         self._require_joined()
+        with self._noting_damage(thread_id):
+            return await self._read_log(thread_id, actor, after, limit)
+
+    async def _read_log(self, thread_id: str, actor: Principal | None, after: int, limit: int) -> LogSlice:
         try:
             return await self._local.log(thread_id, actor, after, limit)
         except ThreadNotFound:

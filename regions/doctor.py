@@ -195,7 +195,7 @@ def _examine_region(seen: Seen) -> Iterator[Finding]:
         scrub = seen.status.scrub
         if scrub.damaged:
             detail = f"{scrub.damaged} damaged: {scrub.findings[0]}"
-            yield Finding(f"scrub {name}", "failed", detail, "`weft repair --scrub` has them all; restore the region")
+            yield Finding(f"scrub {name}", "failed", detail, "`weft repair --scrub` mends what a region has whole")
         elif scrub.last_error:
             yield Finding(f"scrub {name}", "failed", scrub.last_error, f"see the log of {name}")
 

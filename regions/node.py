@@ -24,6 +24,7 @@ from regions.adoption import Adopter
 from regions.coordinator import Coordinator, CoordinatorLimits
 from regions.failover import Failover, FailoverLimits
 from regions.followers import LEASE_S, Followers
+from regions.healing import Healing
 from regions.joining import Joining
 from regions.membership import Membership
 from regions.peer_client import PeerTransport
@@ -66,6 +67,7 @@ class Node(msgspec.Struct):
     failover: Failover
     joining: Joining
     repair: Repair
+    healing: Healing
     membership: Membership
     tails: Tails
     coordinator: Coordinator
@@ -103,9 +105,19 @@ async def open_node(
             limits=limits.replication,
         )
 
+        healing = Healing(
+            topology=topology,
+            log=engine,
+            submit=writer.submit,
+            replicator=replicator,
+            transport=transport,
+            clock=clock,
+        )
+
         def committed(operations: Sequence[replication.Operation], outcomes: Sequence[replication.Outcome]) -> None:
             membership.committed(operations)
             replicator.committed(operations, outcomes)
+            healing.committed(operations, outcomes)
             feed.notify()
 
         def doubted(operations: Sequence[replication.Operation]) -> None:
@@ -160,6 +172,7 @@ async def open_node(
             rng=rng,
             limits=limits.coordinator,
             edges=followers,
+            suspect=healing.suspect,
         )
         stack.push_async_callback(coordinator.close)
         tails = Tails(
@@ -192,7 +205,7 @@ async def open_node(
             feed=feed,
             edges=followers,
         )
-        for part in (membership, replicator, joining, failover, repair, tails):
+        for part in (membership, replicator, joining, failover, repair, healing, tails):
             await part.start()
             stack.push_async_callback(part.close)
         trim = asyncio.create_task(_trim(writer, limits.feed_rows_max, clock), name="trim")
@@ -207,6 +220,7 @@ async def open_node(
             failover=failover,
             joining=joining,
             repair=repair,
+            healing=healing,
             membership=membership,
             tails=tails,
             coordinator=coordinator,

@@ -217,10 +217,12 @@ class Scrubbed:
     threads: int = 0
     entries: int = 0
     findings: list[str] = field(default_factory=list[str])
+    """What remains damaged."""
+    mended: list[str] = field(default_factory=list[str])
 
 
 @click.command("repair")
-@click.option("--scrub", is_flag=True, help="Also recompute all that each region stores, which reads all of it.")
+@click.option("--scrub", is_flag=True, help="First recompute all that each region stores, and mend what has rotted.")
 @data_option
 @config_option
 @json_option
@@ -229,7 +231,9 @@ def repair_command(scrub: bool, data: Path, config: Path | None, as_json: bool) 
 
     Regions do so by themselves, if less eagerly. OFFERED threads are sent again, DISOWNED ones were unknown to their
     holder and come back to it, DAMAGED ones do not hang together at the region that holds them and are sent to
-    nobody. Exit status: 0, 1 when something is damaged or a region or comparison failed, 2 for misuse.
+    nobody. With --scrub, what has rotted in one region is mended with what another has whole; what none has stays
+    damaged and is not served. Exit status: 0, 1 when something remains damaged or a region or comparison failed,
+    2 for misuse.
 
     Example: weft repair --scrub
     """
@@ -256,9 +260,6 @@ async def _repair(cluster: Operated, *, scrub: bool) -> list[Repaired]:
             async def work(place: Place, into: Repaired) -> None:
                 task = progress.add_task(f"{place.name}: comparing", total=None)
                 try:
-                    into.answer = await operator.post(
-                        place, "/peer/repair", {}, RepairAnswer, seconds_max=REPAIR_SECONDS_MAX
-                    )
                     if scrub:
                         into.scrub = Scrubbed()
                         lines = operator.lines(place, "/peer/scrub", ScrubLine, silence_max=SCRUB_SILENCE_MAX)
@@ -267,7 +268,8 @@ async def _repair(cluster: Operated, *, scrub: bool) -> list[Repaired]:
                             async for line in lines:
                                 into.scrub.threads += line.threads
                                 into.scrub.entries += line.entries
-                                into.scrub.findings += line.findings
+                                into.scrub.findings += (it for it in line.findings if it not in line.mended)
+                                into.scrub.mended += line.mended
                                 progress.update(
                                     task,
                                     description=f"{place.name}: scrubbing",
@@ -276,6 +278,11 @@ async def _repair(cluster: Operated, *, scrub: bool) -> list[Repaired]:
                                 )
                                 if line.done or line.error:
                                     into.fault = line.error
+                        progress.update(task, description=f"{place.name}: comparing", total=None)
+                    # Behind the scrub: what it mended is sent again.
+                    into.answer = await operator.post(
+                        place, "/peer/repair", {}, RepairAnswer, seconds_max=REPAIR_SECONDS_MAX
+                    )
                 except RegionFault as error:
                     into.fault = str(error)
                 progress.remove_task(task)
@@ -309,10 +316,13 @@ def _print_repaired(done: Sequence[Repaired]) -> None:
             for thread_id in one.damaged:
                 click.echo(f"{it.region}: thread {thread_id} does not hang together and is not sent to {one.peer}")
         if it.scrub is not None:
-            found = f"{len(it.scrub.findings):,} damaged" if it.scrub.findings else "all sound"
+            mended = f"{len(it.scrub.mended):,} mended, " if it.scrub.mended else ""
+            found = mended + (f"{len(it.scrub.findings):,} damaged" if it.scrub.findings else "all sound")
             click.echo(f"{it.region}: {it.scrub.threads:,} threads, {it.scrub.entries:,} entries recomputed: {found}")
+            for finding in it.scrub.mended:
+                click.echo(f"  mended: {finding}")
             for finding in it.scrub.findings:
-                click.echo(f"  {finding}")
+                click.echo(f"  damaged: {finding}")
         for what, reason in sorted((it.answer.faults if it.answer is not None else {}).items()):
             click.echo(f"fault: {it.region}: {what}: {reason}")
         if it.fault:

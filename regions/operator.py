@@ -112,6 +112,7 @@ class RegionStatus(msgspec.Struct, frozen=True):
     saved_entries: int = 0
     graveyard_entries: int = 0
     edges: EdgesStatus = EdgesStatus()
+    damaged_threads: dict[str, str] = {}
     repair: RepairStatus = RepairStatus()
     scrub: ScrubStatus = ScrubStatus()
 

@@ -44,6 +44,7 @@ from regions.scrubbing import Scrubbing, ScrubLine
 from regions.topology import TopologyError
 
 OPERATOR_BYTES_MAX: Final = 65_536
+DAMAGED_SHOWN_MAX: Final = 100
 SAVED_MAX: Final = 10_000
 """Saved entries that a list shows."""
 MESSAGE_BYTES_MAX: Final = 64 * 1024 * 1024
@@ -211,6 +212,7 @@ class PeerApi:
             "saved_entries": held.saved,
             "graveyard_entries": held.buried,
             "tails_error": node.tails.last_error,
+            "damaged_threads": dict(list(log.damaged.items())[:DAMAGED_SHOWN_MAX]),
             "repair": _plain(node.repair.statistics()),
             "scrub": _plain(self._scrubbing.statistics()),
             "peers": statistics_json(node.replicator.statistics(), backlogs),
@@ -270,8 +272,8 @@ class PeerApi:
         return self._json(caller, {"compared": compared, "faults": faults, "unparked": unparked})
 
     async def _scrub(self, request: web.Request) -> web.StreamResponse:
-        """Recompute all that is stored here, at once: lines of JSON, each with what was gone through since the one
-        before; the last one says that it was carried through, or why not."""
+        """Recompute all that is stored here, at once, and mend what can be: lines of JSON, each with what was gone
+        through since the one before; the last one says that it was carried through, or why not."""
         caller = self._caller(request, "operator")
         of_entries = (await self._log.statistics()).entries
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", **self._proof(caller)})
@@ -281,7 +283,8 @@ class PeerApi:
             async with aclosing(self._scrubbing.scrub()) as slices:
                 async for piece in slices:
                     found = tuple(str(finding) for finding in piece.findings)
-                    line = ScrubLine(piece.threads, piece.entries, of_entries, found)
+                    mended = tuple(str(finding) for finding in piece.mended)
+                    line = ScrubLine(piece.threads, piece.entries, of_entries, found, mended)
                     await response.write(msgspec.json.encode(line) + b"\n")
         except (apsw.Error, OSError) as error:
             end = ScrubLine(of_entries=of_entries, error=str(error))

@@ -318,6 +318,7 @@ _ERRORS: Final[dict[str, type[StoreError]]] = {
         base.Behind,
         base.OutcomeUnknown,
         base.Recovering,
+        base.ThreadDamaged,
     )
 }
 

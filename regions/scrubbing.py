@@ -1,8 +1,9 @@
-"""The scrub of a region that serves: one gentle pass after another in the background, or one that an operator watches.
+"""The scrub of a region that serves: gentle passes in the background, or one that an operator watches.
 
-Promise: what is found is counted, kept for operators (the newest pass' first findings) and logged once; a pass
-never holds up the store, and one that can't be carried through is told, not retried in a hurry. Left to others:
-what a scrub looks at (`origin.store.scrub`); nothing is mended here.
+Promise: what is found is handed on to be mended at once; what remains damaged is counted, kept for operators (the
+newest pass' first findings) and logged once; a pass never holds up the store, and one that can't be carried through
+is told, not retried in a hurry. Left to others: what a scrub looks at (`origin.store.scrub`), and mending
+(`regions.healing`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Final
@@ -41,12 +42,14 @@ class ScrubStatistics(msgspec.Struct, frozen=True):
     threads: int
     entries: int
     damaged: int
-    """Findings."""
+    """Findings that could not be put right."""
     findings: tuple[str, ...]
     """The first of them."""
     ended_at: float | None
     """When the newest whole pass ended, in seconds since 1970."""
     last_error: str | None
+    mended: int = 0
+    """Findings put right since the start."""
 
 
 class ScrubLine(msgspec.Struct, frozen=True):
@@ -56,22 +59,34 @@ class ScrubLine(msgspec.Struct, frozen=True):
     entries: int = 0
     of_entries: int = 0
     findings: tuple[str, ...] = ()
+    mended: tuple[str, ...] = ()
+    """Of the findings, what was put right."""
     done: bool = False
     error: str = ""
+
+
+Mend = Callable[[Sequence[Finding]], Awaitable[Sequence[Finding]]]
+"""Puts right what was found, as far as that can be done now; returns what it put right."""
+
+
+async def leave(_: Sequence[Finding]) -> Sequence[Finding]:
+    """Mends nothing: damage is only told."""
+    return ()
 
 
 class Scrubbing:
     """Scrubs the store in `folder` every `every_s` seconds (0: only when asked). `start` and `close` its life."""
 
-    def __init__(self, folder: Path, *, every_s: float, clock: Clock, rng: random.Random) -> None:
+    def __init__(self, folder: Path, *, every_s: float, clock: Clock, rng: random.Random, mend: Mend = leave) -> None:
         self._folder = folder
         self._every_s = every_s
         self._clock = clock
         self._rng = rng
+        self._mend = mend
         self._task: asyncio.Task[None] | None = None
         self._told: OrderedDict[Finding, None] = OrderedDict()
         self._running = 0
-        self._passes = self._threads = self._entries = self._damaged = 0
+        self._passes = self._threads = self._entries = self._damaged = self._mended = 0
         self._findings: list[str] = []
         self._ended_at: float | None = None
         self._last_error: str | None = None
@@ -95,6 +110,7 @@ class Scrubbing:
             tuple(self._findings),
             self._ended_at,
             self._last_error,
+            self._mended,
         )
 
     async def _run(self) -> None:
@@ -122,11 +138,20 @@ class Scrubbing:
                 async for piece in slices:
                     threads += piece.threads
                     entries += piece.entries
-                    damaged += len(piece.findings)
-                    for finding in piece.findings:
+                    mended = set(await self._mend(piece.findings)) if piece.findings else set[Finding]()
+                    piece = msgspec.structs.replace(
+                        piece, mended=tuple(finding for finding in piece.findings if finding in mended)
+                    )
+                    self._mended += len(piece.mended)
+                    remaining = [finding for finding in piece.findings if finding not in mended]
+                    damaged += len(remaining)
+                    for finding in remaining:
                         if len(findings) < FINDINGS_KEPT:
                             findings.append(str(finding))
                         self._tell(finding)
+                    for finding in piece.mended:
+                        self._told.pop(finding, None)
+                        _logger.warning("damage was mended", extra={"fields": {"finding": str(finding)}})
                     self._threads, self._entries, self._damaged = threads, entries, damaged
                     self._findings = findings
                     yield piece

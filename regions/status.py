@@ -169,6 +169,8 @@ def _print_status(seen: Sequence[Seen], groups: Sequence[Group]) -> None:
         if each.status is not None and each.status.scrub.damaged:
             scrub = each.status.scrub
             click.echo(f"\n{each.place.name}: the scrub found {scrub.damaged} damaged: {scrub.findings[0]}")
+        for thread_id, what in (each.status.damaged_threads if each.status is not None else {}).items():
+            click.echo(f"{each.place.name}: thread {thread_id} is not served, no region had it whole: {what}")
 
 
 def _lease(group: Group) -> str:

@@ -132,6 +132,13 @@ class StoreFailed(StoreError):
     """The engine could not say whether the write is durable: its outcome is unknown."""
 
 
+class ThreadDamaged(StoreError):
+    """Entries of the thread have rotted here, and no other region had them whole yet. Nothing of it is served as if
+    it were all."""
+
+    retry_after = 30.0
+
+
 class Unavailable(StoreError):
     """The region that could answer can't be reached now. Nothing was written."""
 

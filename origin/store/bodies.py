@@ -31,10 +31,14 @@ class BodyFiles:
         self._folder = folder
 
     def put(self, body: bytes) -> bytes:
-        """Store `body` and return its digest (32 bytes). Durable when it returns (file and folder synced)."""
+        """Store `body` and return its digest (32 bytes). Durable when it returns (file and folder synced).
+
+        A file of that name with other bytes in it has rotted: it is replaced. Taken for the body, it would let a
+        write be acknowledged that can't be read back.
+        """
         digest = hashlib.sha256(body).digest()
         path = self._path(digest)
-        if not path.exists():
+        if not _holds(path, body):
             path.parent.mkdir(exist_ok=True)
             temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
             try:
@@ -64,6 +68,13 @@ class BodyFiles:
     def _path(self, digest: bytes) -> Path:
         name = digest.hex()
         return self._folder / name[:2] / name
+
+
+def _holds(path: Path, body: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(body) and path.read_bytes() == body
+    except FileNotFoundError:
+        return False
 
 
 def make_folder(folder: Path) -> None:

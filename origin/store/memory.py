@@ -175,6 +175,10 @@ class MemoryStore:
     def unrecovered(self) -> Mapping[str, replication.Recovery]:
         return self._cluster.unrecovered
 
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        return {}
+
     def is_holder(self, group: str) -> bool:
         return group in self._cluster.held
 
@@ -241,6 +245,10 @@ class MemoryStore:
                     return self._settle(operation)
                 case replication.Trim():
                     return self._trim(operation)
+                case replication.Mend():
+                    return replication.Mended()  # what never leaves memory is not read back from a disk that rots
+                case replication.Recount():
+                    return None
         except StoreError as error:
             return error
         except Exception as error:

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from infra.identity import Principal
+from origin.mending import Span
 from origin.store.base import Change, Idempotency, LogSlice, StoreError, Write, Written
 from origin.thread import Entry, Row, Version
 
@@ -318,6 +319,27 @@ class Unpark(msgspec.Struct, frozen=True):
     target: str | None
 
 
+class Mend(msgspec.Struct, frozen=True):
+    """Recompute a thread from its entries, put `offered` into damaged places where they are proven to be what was
+    there (`origin.mending`), and when the log is whole then, make anew what hangs on it. The outcome is Mended."""
+
+    thread_id: str
+    offered: tuple[Entry, ...] = ()
+
+
+class Mended(msgspec.Struct, frozen=True):
+    """The runs of entries that are still damaged: none when the thread is whole. Until then it is not read here."""
+
+    damaged: tuple[Span, ...] = ()
+
+
+class Recount(msgspec.Struct, frozen=True):
+    """Make digests of a group anew from its threads. Where one of them is damaged nothing is known: left alone."""
+
+    group: str
+    buckets: tuple[int, ...]
+
+
 Operation = (
     Write
     | ApplyDelta
@@ -336,8 +358,10 @@ Operation = (
     | LearnPromise
     | Trim
     | Unpark
+    | Mend
+    | Recount
 )
-Outcome = Written | Applied | Gap | Diverged | Refused | Promised | Resubmitted | StoreError | int | None
+Outcome = Written | Applied | Gap | Diverged | Refused | Promised | Resubmitted | Mended | StoreError | int | None
 
 
 class OutboxRow(msgspec.Struct, frozen=True):
@@ -414,6 +438,11 @@ class ReplicaLog(Protocol):
     @property
     def unrecovered(self) -> Mapping[str, Recovery]:
         """Threads of groups held here whose logs have yet to be adopted."""
+        ...
+
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        """Threads with entries that have rotted and could not be mended yet, and what is wrong. They are not read."""
         ...
 
     def is_holder(self, group: str) -> bool:

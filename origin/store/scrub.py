@@ -3,9 +3,10 @@
 Promise: each entry's hash is recomputed from its content and the entry before (bodies in files too), each thread's
 row and listing flags from its log, each digest bucket from the rows; the outbox and the feed name only what is there.
 Work is cut into slices, each a consistent snapshot of its own, with a pause between them; what is found is reported
-and nothing is changed. A log that a failover cuts short between two slices is begun again, not reported. Left to
-others: when to look and what to do about a finding, and the structure of the database file and its indexes (SQLite's
-integrity_check, which `origin.store.backup` runs over a copy).
+and nothing is changed. The search index is only counted: what it holds can't be read back. A log that a failover cuts
+short between two slices is begun again, not reported. Left to others: when to look and what to do about a finding, and
+the structure of the database file and its indexes (SQLite's integrity_check, which `origin.store.backup` runs over a
+copy).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import msgspec
 
 from infra.clock import SYSTEM_CLOCK, Clock
 from origin import log
+from origin.store import sqlite_rows, sqlite_search
 from origin.store.base import MOVED
 from origin.store.bodies import BodyDamaged, BodyFiles
 from origin.store.replication import Access
@@ -42,16 +44,19 @@ _UNREADABLE: Final = (apsw.Error, OSError, ValueError, TypeError, LookupError, m
 _THREAD: Final = f"SELECT {ROW_COLUMNS}, held, hidden, shared, bucket FROM threads WHERE n = ?"
 _ENTRIES: Final = f"SELECT {ENTRY_COLUMNS} FROM entries WHERE pos > ? AND pos < ? ORDER BY pos"
 
-What = Literal["entry", "body", "row", "listing", "digest", "outbox", "feed", "database"]
+What = Literal["entry", "body", "row", "listing", "search", "digest", "outbox", "feed", "database"]
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that is not what the entries say. `thread_id` is empty and `seq` 0 where it is about neither."""
+    """One thing that is not what the entries say. `thread_id` is empty and `seq` 0 where it is about neither; `group`
+    and `bucket` are a digest's."""
 
     what: What
     detail: str
     thread_id: str = ""
     seq: int = 0
+    group: str = ""
+    bucket: int = 0
 
     def __str__(self) -> str:
         at = f" entry {self.seq}" if self.seq else ""
@@ -59,11 +64,13 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Slice(msgspec.Struct, frozen=True):
-    """What one slice went through: threads finished, entries recomputed, and what it found."""
+    """What one slice went through: threads finished, entries recomputed, and what it found. `mended`: of that, what
+    whoever ran the scrub could put right."""
 
     threads: int
     entries: int
     findings: tuple[Finding, ...]
+    mended: tuple[Finding, ...] = ()
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -232,6 +239,7 @@ class _Log:
             *values, held, hidden, shared, bucket = db.execute(_THREAD, (self.n,)).fetchall()[0]
             stored = row_from(values)
         except _UNREADABLE as error:
+            self._id = self._id or _id_of(db, self.n)
             self.findings.append(Finding("row", f"the row of thread number {self.n} can't be read: {error}", self._id))
             return True
         try:
@@ -242,6 +250,7 @@ class _Log:
                 return False
             self._compare(stored)
             self._compare_listing(db, stored, held, hidden, shared, bucket)
+            self._compare_search(db, stored)
         except apsw.Error as error:
             self._tell("database", 0, f"can't be read behind entry {self._seq}: {error}")
         return True
@@ -334,6 +343,35 @@ class _Log:
             if is_so != should:
                 self._tell("listing", 0, f"{name} not as the row and the access record say")
 
+    def _compare_search(self, db: apsw.Connection, stored: Row) -> None:
+        """Whether the search index has the title and every message."""
+        should = 0 if stored.internal else 1 + stored.message_count
+        if not stored.deleted and (found := sqlite_search.texts_of(db, self.n)) != should:
+            self._tell("search", 0, f"the search index has {found} of {should} texts")
+
+
+def _id_of(db: apsw.Connection, n: int) -> str:
+    """The id of thread number `n`, "" when it can't be read either."""
+    try:
+        return str(db.execute("SELECT id FROM threads WHERE n = ?", (n,)).get)
+    except _UNREADABLE:
+        return ""
+
+
+def recheck(folder: Path, thread_id: str) -> tuple[Finding, ...]:
+    """What is wrong with one thread now, looked at in one go."""
+    connection = open_reader(folder)
+    try:
+        n = sqlite_rows.number_of(connection, thread_id)
+        if n is None:
+            return ()
+        thread = _Log(n)
+        with _snapshot(connection):
+            thread.advance(connection, BodyFiles(folder / BODIES), _Tally(Pace(entries=SEQ_MASK, bytes=1 << 62)))
+        return tuple(thread.findings)
+    finally:
+        connection.close()
+
 
 # ---------------------------------------------------------------- what points at threads
 
@@ -408,7 +446,7 @@ def _digests(db: apsw.Connection, pace: Pace) -> Generator[Slice, None, None]:
         0,
         0,
         tuple(
-            Finding("digest", f"bucket {bucket} of group {group} not as its threads say")
+            Finding("digest", f"bucket {bucket} of group {group} not as its threads say", group=group, bucket=bucket)
             for group, bucket in sorted(sums.keys() | stored.keys())
             if sums.get((group, bucket), 0) != stored.get((group, bucket), 0)
         ),

@@ -223,6 +223,10 @@ class SqliteStore:
     def unrecovered(self) -> Mapping[str, replication.Recovery]:
         return self._writer.committed.unrecovered
 
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        return self._writer.damaged
+
     def is_holder(self, group: str) -> bool:
         return group in self._writer.committed.held
 
@@ -255,6 +259,7 @@ class SqliteStore:
         limit: int = 1_000,
         freshness: Freshness = LOCAL,
     ) -> base.ThreadPage:
+        await self._require_whole(thread_id, actor)
         page: base.ThreadPage | None = None
         if thread_id in self._warm_threads:
             try:
@@ -281,7 +286,14 @@ class SqliteStore:
         return check_position(await self._read(sqlite_read.list_threads, query), query, self.incarnation)
 
     async def log(self, thread_id: str, actor: Principal | None, after: int, limit: int) -> base.LogSlice:
+        await self._require_whole(thread_id, actor)
         return await self._read(sqlite_read.read_log, self._bodies, thread_id, actor, after, limit)
+
+    async def _require_whole(self, thread_id: str, actor: Principal | None) -> None:
+        """ThreadDamaged for a thread whose entries have rotted, told only to those who may read it."""
+        if thread_id in self.damaged:
+            await self._read(sqlite_read.require_readable, thread_id, actor)
+            raise base.ThreadDamaged(f"{self.damaged[thread_id]} of the thread are damaged in this region")
 
     async def row(self, thread_id: str) -> Row | None:
         return await self._read(sqlite_read.read_row, thread_id)
@@ -359,7 +371,7 @@ class SqliteStore:
         except PoolTimeout as error:
             raise base.StoreBusy(str(error)) from error
         except BodyDamaged as error:
-            raise base.StoreFailed(str(error)) from error
+            raise base.ThreadDamaged(str(error)) from error
         except (apsw.Error, OSError) as error:
             raise base.StoreFailed(f"the engine failed: {error}") from error
 

@@ -66,6 +66,11 @@ def _readable(db: apsw.Connection, thread_id: str, actor: Principal | None) -> t
     return cast(int, found[0]), row
 
 
+def require_readable(db: apsw.Connection, thread_id: str, actor: Principal | None) -> None:
+    """ThreadNotFound unless `actor` may read the thread."""
+    _readable(db, thread_id, actor)
+
+
 def read_thread(
     db: apsw.Connection,
     bodies: BodyFiles,

@@ -14,7 +14,7 @@ import apsw
 import msgspec
 
 from infra.identity import Principal
-from origin.log import stricter
+from origin.log import bucket_of, stricter
 from origin.store import base
 from origin.store.bodies import BodyFiles
 from origin.store.replication import Access
@@ -69,6 +69,15 @@ def row_from(values: Sequence[Any]) -> Row:
         created_at, last_activity, activity_us, message_count, bool(archived), external_id, relations,
         metadata, extra, deleted_seq,
     )  # fmt: skip
+
+
+def listing_values(row: Row, hold: Access | None) -> tuple[bytes | None, int, int, int]:
+    """Columns `held, hidden, shared, bucket` of a thread, whose access record is `hold`."""
+    shown = stricter(row, hold)
+    hidden = shown.deleted or row.internal
+    shared = not hidden and row.team is not None and shown.visibility != "private"
+    held = msgspec.msgpack.encode(hold) if hold is not None else None
+    return held, int(hidden), int(shared), bucket_of(row.id)
 
 
 def shown_row(values: Sequence[Any]) -> Row:

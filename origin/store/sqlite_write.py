@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, cast
 
 import apsw
 import msgspec
 
 from origin import log
-from origin.store import base, replication, sqlite_rows
+from origin.store import base, replication, sqlite_rows, sqlite_search
 from origin.store.base import (
     StoreError,
     Written,
 )
 from origin.store.bodies import BodyDamaged, BodyFiles
-from origin.store.queries import searchable, text_of
 from origin.store.replication import (
     Access,
     Applied,
@@ -34,6 +33,7 @@ from origin.store.replication import (
     Refused,
 )
 from origin.store.sqlite_groups import SqliteCluster
+from origin.store.sqlite_mend import SqliteMender
 from origin.store.sqlite_outbox import SqliteOutbox
 from origin.store.sqlite_rows import KIND_NUMBERS, ROW_COLUMNS, SEQ_MASK, place
 from origin.thread import ZERO_HASH, CreateBody, Entry, Row, fold
@@ -52,9 +52,6 @@ _UPSERT_ROW: Final = (
 _INSERT_ENTRY: Final = (
     "INSERT INTO entries(pos, epoch, kind, id, meta, body, digest, hash) VALUES(?, ?, ?, ?, ?, ?, ?, ?)"
 )
-
-
-_INDEX_TEXT: Final = "INSERT OR REPLACE INTO search(rowid, scope, text) VALUES(?, ?, ?)"
 
 
 class _Touched(msgspec.Struct):
@@ -92,13 +89,17 @@ class SqliteWriter:
         self._digests: dict[tuple[str, int], int] = {}
         """Of the buckets looked up so far, as this transaction leaves them; only this writer changes them."""
         self._holds: dict[str, Access] = {}
+        self._damaged: Mapping[str, str] = {}
         self._next_n = 1
         self._position = 0
         self.changes: list[base.Change] = []
         """Feed rows of the last commit."""
+        self._mender = SqliteMender(connection, bodies, self._entry_values)
         self._load()
         if self._cluster.record is not None:
             self._outbox.retarget(replication.targets_of(self._cluster.record, region))
+        self.damaged = self._damaged
+        """Threads noted as damaged, as last committed."""
         self.committed = self._cluster.view()
         """The cluster as last committed, for readers on other threads."""
 
@@ -126,6 +127,7 @@ class SqliteWriter:
             self._finish()
             self._db.execute("COMMIT")
             self.committed = self._cluster.view()
+            self.damaged = self._damaged
         except BaseException:
             self._touched.clear()
             self._digests.clear()
@@ -180,6 +182,10 @@ class SqliteWriter:
                     return self._settle(operation)
                 case replication.Trim():
                     return self._trim(operation)
+                case replication.Mend():
+                    return self._mend(operation)
+                case replication.Recount():
+                    return self._recount(operation)
         except StoreError as error:
             return error
 
@@ -190,7 +196,7 @@ class SqliteWriter:
             replayed = sqlite_rows.recall(self._db, self._bodies, write.actor, write.idempotency, self._row_numbered)
             if replayed is not None:
                 return replayed if write.durability in (None, "region") else self._in_this_epoch(replayed)
-        n, row = self._row(write.thread_id)
+        n, row = self._row_to_extend(write.thread_id)
         group = self._held_group(self._group_of(row, write))
         if write.thread_id in self._cluster.unrecovered:
             raise base.Recovering(write.thread_id)
@@ -212,7 +218,7 @@ class SqliteWriter:
 
     def _in_this_epoch(self, replayed: Written) -> Written:
         """The replay with an entry of the present epoch behind it: confirmations of older ones count for nothing."""
-        n, row = self._row(replayed.row.id)
+        n, row = self._row_to_extend(replayed.row.id)
         assert n is not None and row is not None
         group = self._held_group(row.group)
         if row.id in self._cluster.unrecovered:
@@ -253,7 +259,7 @@ class SqliteWriter:
         recovery = self._cluster.unrecovered.get(delta.id)
         if operation.group in self._cluster.held and recovery is None:
             return Refused("this region orders the thread itself")
-        n, row = self._row(delta.id)
+        n, row = self._row_to_extend(delta.id)
         if row is not None and row.group != operation.group:
             return Refused(f"the thread belongs to group {row.group!r}, not {operation.group!r}")
         view = _LogView(self._db, self._bodies, n)
@@ -268,7 +274,7 @@ class SqliteWriter:
                     tail = self._cut(n, row, plan.cut, group.group, len(plan.append))
                 self._append(delta.id, n, row, plan.row, plan.append, replicate=False)
                 if plan.cut is not None:
-                    self._index_title(self._rows[delta.id][0], plan.row)
+                    sqlite_search.index_title(self._db, self._rows[delta.id][0], plan.row)
                 # Only now: the row before the cut has caught up with the very deletion that was cut.
                 self._hold(delta.id, tail, None)
         self._hold(delta.id, delta.access, answer)
@@ -283,9 +289,7 @@ class SqliteWriter:
         sqlite_rows.save(self._db, row.id, group, tail, self._now_us())
         self._db.execute("DELETE FROM entries WHERE pos > ? AND pos <= ?", (place(n, cut), place(n, row.v)))
         self._db.execute("DELETE FROM idempotency WHERE n = ? AND last_seq > ?", (n, cut))
-        self._db.executemany(
-            "DELETE FROM search WHERE rowid = ?", [(place(n, it.seq),) for it in tail if it.kind == "message"]
-        )
+        sqlite_search.forget(self._db, n, [it.seq for it in tail if it.kind == "message"])
         touched = self._touched.get(row.id)
         if touched is None:
             self._touched[row.id] = _Touched(n, row, row, base.MOVED, False)
@@ -336,7 +340,7 @@ class SqliteWriter:
     # ------------------------------------------------------------ what failovers leave behind
 
     def _resubmit(self, operation: replication.Resubmit) -> replication.Resubmitted:
-        n, row = self._row(operation.thread_id)
+        n, row = self._row_to_extend(operation.thread_id)
         group = self._held_group(row.group if row is not None else operation.group)
         if operation.thread_id in self._cluster.unrecovered:
             raise base.Recovering(operation.thread_id)
@@ -391,7 +395,7 @@ class SqliteWriter:
             touched.replicate |= replicate
         self._rows[thread_id] = (n, row)
         self._rows.move_to_end(thread_id)
-        self._index(n, row, entries)
+        sqlite_search.index(self._db, n, row, entries)
         for seq, meta in log.keyed_spans(entries).items():
             self._db.execute(
                 "INSERT OR REPLACE INTO idempotency VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
@@ -407,24 +411,6 @@ class SqliteWriter:
             entry.hash,
         )  # fmt: skip
 
-    def _index(self, n: int, row: Row, entries: Iterable[Entry]) -> None:
-        """Put titles and messages into the search index."""
-        if row.internal:
-            return
-        scope = _scope(row)
-        texts = [
-            (place(n, entry.seq), scope, searchable(text_of(entry.body)))
-            for entry in entries
-            if entry.kind == "message"
-        ]
-        self._db.executemany(_INDEX_TEXT, texts)
-        if any(entry.kind in ("create", "patch") for entry in entries):
-            self._index_title(n, row)
-
-    def _index_title(self, n: int, row: Row) -> None:
-        if not row.internal:
-            self._db.execute(_INDEX_TEXT, (place(n, 0), _scope(row), searchable(row.title)))
-
     # ------------------------------------------------------------ what a batch gathers
 
     def _finish(self) -> None:
@@ -438,15 +424,9 @@ class SqliteWriter:
                 del self._holds[thread_id]
                 self._db.execute("DELETE FROM access_holds WHERE thread_id = ?", (thread_id,))
                 hold = None
-            shown = log.stricter(row, hold)
-            hidden = shown.deleted or row.internal
-            shared = not hidden and row.team is not None and shown.visibility != "private"
-            held = msgspec.msgpack.encode(hold) if hold is not None else None
-            bucket = log.bucket_of(thread_id)
-            self._db.execute(_UPSERT_ROW, (n, *sqlite_rows.row_values(row), held, int(hidden), int(shared), bucket))
-            self._position += 1
-            self._db.execute("INSERT INTO changes VALUES(?, ?, ?, ?)", (self._position, n, touched.first_seq, row.v))
-            self.changes.append(sqlite_rows.change_of(shown, self._position, touched.first_seq, row.v))
+            listing = sqlite_rows.listing_values(row, hold)
+            self._db.execute(_UPSERT_ROW, (n, *sqlite_rows.row_values(row), *listing))
+            self._tell(n, log.stricter(row, hold), touched.first_seq)
             if self._cluster.rows[row.group].holder != self._region:
                 pass  # the group moved within this commit: what it wrote is the new holder's to send
             elif touched.recovered:
@@ -459,13 +439,19 @@ class SqliteWriter:
                     at_us=at_us,
                     urgent=before is not None and log.narrows(before, row),
                 )
-            place_ = (row.group, bucket)
+            place_ = (row.group, log.bucket_of(thread_id))
             digests[place_] = digests.get(place_, 0) ^ log.row_digest(before) ^ log.row_digest(row)
         for (group, bucket), change in digests.items():
             self._change_digest(group, bucket, change)
         self._touched.clear()
         while len(self._rows) > CACHED_ROWS:
             self._rows.popitem(last=False)
+
+    def _tell(self, n: int, shown: Row, first_seq: int) -> None:
+        """A feed row: entries from `first_seq` on of thread number `n`, whose row as shown is `shown`."""
+        self._position += 1
+        self._db.execute("INSERT INTO changes VALUES(?, ?, ?, ?)", (self._position, n, first_seq, shown.v))
+        self.changes.append(sqlite_rows.change_of(shown, self._position, first_seq, shown.v))
 
     def _change_digest(self, group: str, bucket: int, change: int) -> None:
         # SQLite has no XOR and signed integers: read, change and write within the transaction.
@@ -542,6 +528,24 @@ class SqliteWriter:
         if floor > 0:
             self._db.execute("DELETE FROM changes WHERE position <= ?", (floor,))
 
+    # ------------------------------------------------------------ what rotted
+
+    def _mend(self, operation: replication.Mend) -> replication.Mended:
+        self._finish()  # what this batch made of the thread is looked at too
+        hold = self._holds.get(operation.thread_id)
+        spans, made = self._mender.mend(operation, hold)
+        self._rows.pop(operation.thread_id, None)
+        self._digests.clear()
+        self._damaged = self._mender.damaged()
+        if made is not None:
+            self._tell(made.n, log.stricter(made.row, hold), base.MOVED)
+        return replication.Mended(spans)
+
+    def _recount(self, operation: replication.Recount) -> None:
+        self._finish()
+        self._mender.recount(operation.group, operation.buckets)
+        self._digests.clear()
+
     # ------------------------------------------------------------ looking up
 
     def _load(self) -> None:
@@ -551,6 +555,7 @@ class SqliteWriter:
             cast(str, thread_id): msgspec.msgpack.decode(cast(bytes, access), type=Access)
             for thread_id, access in self._db.execute("SELECT thread_id, access FROM access_holds")
         }
+        self._damaged = self._mender.damaged()
         self._next_n = 1 + cast(int, self._db.execute("SELECT coalesce(max(n), 0) FROM threads").get)
         self._position = cast(int, self._db.execute("SELECT coalesce(max(position), 0) FROM changes").get)
 
@@ -561,8 +566,18 @@ class SqliteWriter:
         found = self._db.execute(f"SELECT n, {ROW_COLUMNS} FROM threads WHERE id = ?", (thread_id,)).fetchone()
         if found is None:
             return None, None
-        self._rows[thread_id] = pair = (cast(int, found[0]), sqlite_rows.row_from(found[1:]))
-        return pair
+        n, row = cast(int, found[0]), sqlite_rows.row_from(found[1:])
+        if _LogView(self._db, self._bodies, n).hash_at(row.v) == row.head_hash:
+            self._rows[thread_id] = n, row
+        return n, row
+
+    def _row_to_extend(self, thread_id: str) -> tuple[int | None, Row | None]:
+        """The row to append behind. ThreadDamaged when it does not end where its log does: chained to a hash that
+        turned on the disk, an acknowledged entry would follow from nothing that anybody else has."""
+        n, row = self._row(thread_id)
+        if row is not None and thread_id not in self._rows:
+            raise base.ThreadDamaged(f"the row of thread {thread_id} does not end where its log does")
+        return n, row
 
     def _row_numbered(self, n: int) -> Row:
         """The row of thread number `n`, as this transaction has made it."""
@@ -600,12 +615,6 @@ class _LogView:
         if self._n is None:
             return []
         return sqlite_rows.entries_between(self._db, self._bodies, self._n, 1, SEQ_MASK, kind="patch")
-
-
-def _scope(row: Row) -> str:
-    """Tokens of those in whose listings a thread may be found."""
-    owner = sqlite_rows.owner_token(row.issuer, row.owner)
-    return owner if row.team is None else f"{owner} {sqlite_rows.team_token(row.issuer, row.team)}"
 
 
 def _translate(error: Exception) -> StoreError:

@@ -147,7 +147,9 @@ async def test_a_byte_turned_in_a_digest_bucket(folder: Path) -> None:
     [at] = places(folder, struct.pack(">q", digest))
     flip(folder / DATABASE, at + 7)
     [finding] = report(folder).findings
-    assert finding == Finding("digest", f"bucket {bucket_of('t2')} of group us-east not as its threads say")
+    at_fault = bucket_of("t2")
+    detail = f"bucket {at_fault} of group us-east not as its threads say"
+    assert finding == Finding("digest", detail, group="us-east", bucket=at_fault)
 
 
 @pytest.mark.parametrize(

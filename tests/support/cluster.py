@@ -197,6 +197,11 @@ class Cluster:
         heads = [await self.heads(region) for region in regions or tuple(self.nodes)]
         return all(head == heads[0] for head in heads)
 
+    async def converged_between(self, one: str, other: str) -> bool:
+        """True when two regions hold the same and owe each other nothing, whatever the others lack."""
+        owed = [(await self.nodes[a].store.backlog(b)).threads for a, b in ((one, other), (other, one))]
+        return not any(owed) and await self.heads(one) == await self.heads(other)
+
     async def heads(self, region: str) -> dict[str, str]:
         """Thread id to "version hash" of everything the region holds."""
         store = self.nodes[region].store
