@@ -301,8 +301,7 @@ async def test_unsharing_reaches_a_region_that_can_not_apply_the_entries_before_
     thread_id = await make(cluster, visibility="public")
     await eventually(cluster.converged)
     eu = cluster["eu-west"].store
-    # A poison entry: eu-west already has another entry under the id that comes next.
-    await _plant(cluster, "eu-west", thread_id)
+    cluster.network.poison.add(("eu-west", thread_id))
     await cluster["us-east"].coordinator.write(append(thread_id, message("poison")))
     await eventually(lambda: _parked(cluster, "us-east", "eu-west"))
     assert (await eu.read(thread_id, BOB)).row.visibility == "public"
@@ -319,21 +318,6 @@ async def test_unsharing_reaches_a_region_that_can_not_apply_the_entries_before_
     assert (await cluster["us-east"].store.backlog("eu-west")).parked == 1
 
 
-async def _plant(cluster: Cluster, region: str, thread_id: str) -> None:
-    """Give `region` an entry of its own at the thread's next place, as a disk restored wrongly would."""
-    node = cluster[region]
-
-    def damage() -> None:
-        connection = node.store._connection
-        connection.execute(
-            "UPDATE entries SET hash = zeroblob(32) WHERE pos = (SELECT n << 24 | v FROM threads WHERE id = ?)",
-            (thread_id,),
-        )
-        node.store._writer._rows.clear()
-
-    await asyncio.get_running_loop().run_in_executor(node.store._write_thread, damage)
-
-
 async def _parked(cluster: Cluster, region: str, target: str) -> bool:
     return (await cluster[region].store.backlog(target)).parked > 0
 
@@ -341,7 +325,7 @@ async def _parked(cluster: Cluster, region: str, target: str) -> bool:
 async def test_one_parked_thread_does_not_hold_up_the_others(cluster: Cluster) -> None:
     bad, good = await make(cluster), await make(cluster)
     await eventually(cluster.converged)
-    await _plant(cluster, "eu-west", bad)
+    cluster.network.poison.add(("eu-west", bad))
     await cluster["us-east"].coordinator.write(append(bad, message("m2")))
     await eventually(lambda: _parked(cluster, "us-east", "eu-west"))
     await cluster["us-east"].coordinator.write(append(good, message("m2")))
@@ -584,6 +568,11 @@ async def test_a_region_with_an_empty_disk_is_given_everything_again(cluster: Cl
     await node.close()
     node.folder = tmp_path / "replacement"
     await node.open()
+
+    async def joined() -> bool:
+        return node.store.standing == "voter"  # it has the log a moment before it may serve it
+
+    await eventually(joined)
     await eventually(cluster.converged)
     assert await texts(cluster, "ap-south", ids[3]) == ["m1"]
 

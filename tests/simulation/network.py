@@ -20,6 +20,7 @@ from regions.peer_client import PeerUnreachable
 from regions.peer_service import PeerService
 from regions.peer_wire import Envelope, Fault, Replicate, from_fault, to_fault
 from tests.simulation.loop import Place, SimLoop, Trace
+from tests.support.poison import poisoned
 
 Answer = TypeVar("Answer")
 
@@ -160,7 +161,7 @@ class Network:
         type_, handler = service.handlers[path]
         message = msgspec.msgpack.decode(data, type=type_)
         if self.poison and isinstance(message, Replicate):
-            message = self._poisoned(target, message)
+            message = poisoned(message, lambda thread_id: self._has_poison(target, thread_id))
         place = region.place
         number = self._counts["message"] = self._counts["message"] + 1
 
@@ -184,15 +185,10 @@ class Network:
             self.traps[path, "answer"](source)
         reply(kind, body)
 
-    def _poisoned(self, target: str, message: Replicate) -> Replicate:
-        threads = list(message.threads)
-        for index, delta in enumerate(threads):
-            if (target, delta.id) in self.poison and delta.entries:
-                self._counts["entry poisoned"] += 1
-                first, *rest = delta.entries
-                bad = msgspec.structs.replace(first, body=first.body + b" ")
-                threads[index] = msgspec.structs.replace(delta, entries=(bad, *rest))
-        return msgspec.structs.replace(message, threads=tuple(threads))
+    def _has_poison(self, target: str, thread_id: str) -> bool:
+        poison = (target, thread_id) in self.poison
+        self._counts["entry poisoned"] += poison
+        return poison
 
 
 def _unheard(kind: str, body: bytes) -> None:

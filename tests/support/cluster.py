@@ -22,9 +22,10 @@ from regions.failover import FailoverLimits
 from regions.node import NodeLimits, open_node
 from regions.peer_client import PeerUnreachable
 from regions.peer_service import PeerService
-from regions.peer_wire import Envelope, Fault, from_fault, to_fault
+from regions.peer_wire import Envelope, Fault, Replicate, from_fault, to_fault
 from regions.replication_target import ReplicationLimits
 from regions.topology import Topology
+from tests.support.poison import poisoned
 
 Answer = TypeVar("Answer")
 
@@ -48,6 +49,8 @@ class Network:
         """(from, to): requests do not arrive."""
         self.mute: set[tuple[str, str]] = set()
         """(from, to): requests are carried out, answers are lost."""
+        self.poison: set[tuple[str, str]] = set()
+        """(region, thread): entries of the thread arrive there with a byte too many."""
         self.calls: Counter[tuple[str, str, str]] = Counter()
         self.replicated_bytes = 0
 
@@ -81,6 +84,8 @@ class LocalTransport:
             raise PeerUnreachable(region, "the link is cut", sent=False)
         self._network.calls[*link, path] += 1
         type_, handler = service.handlers[path]
+        if isinstance(message, Replicate):
+            message = poisoned(message, lambda thread_id: (region, thread_id) in self._network.poison)
         data = msgspec.msgpack.encode(message)
         try:
             async with asyncio.timeout(seconds_max):
