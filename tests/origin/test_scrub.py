@@ -223,25 +223,28 @@ async def test_a_store_that_is_written_all_along_is_never_accused(tmp_path: Path
     writer.start()
     for number in range(20):
         await writer.write(create(f"t{number}", ANN, messages=messages(10)))
-    going = True
+    written = passes = 0
 
-    async def write(worker: int) -> int:
-        rng, count = random.Random(worker), 0
-        while going:
-            count += 1
-            thread = f"t{rng.randrange(20)}"
-            await writer.write(append(thread, message(f"w{worker}-{count}", rng.choice(["short", LONG])), actor=ANN))
-        return count
+    async def write(worker: int) -> None:
+        nonlocal written
+        rng = random.Random(worker)
+        while True:
+            thread, text = f"t{rng.randrange(20)}", rng.choice(["short", LONG])
+            await writer.write(append(thread, message(f"w{worker}-{written}", text), actor=ANN))
+            written += 1
 
     writers = [asyncio.create_task(write(worker)) for worker in range(4)]
-    for _ in range(3):
+    while passes < 3 or written <= 20:
+        passes += 1
         async with aclosing(scrub(tmp_path, pace=Pace(entries=23, pause_s=0.001))) as pieces:
             found = [piece async for piece in pieces]
         assert [finding for piece in found for finding in piece.findings] == []
         assert sum(piece.threads for piece in found) == 20
         assert max(piece.entries for piece in found) <= 23
-    going = False
-    assert sum(await asyncio.gather(*writers)) > 20
+    for task in writers:
+        task.cancel()
+    ended = await asyncio.gather(*writers, return_exceptions=True)
+    assert all(isinstance(end, asyncio.CancelledError) for end in ended), ended
     await writer.close()
     await store.close()
 
