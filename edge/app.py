@@ -47,6 +47,7 @@ from edge.proxy import (
     make_session,
     target_of,
 )
+from edge.revocation import Revocations
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IdentityError, IdentitySigner, IdentityVerifier, Principal, load_peer_key
 from infra.metrics import Metrics
@@ -115,11 +116,13 @@ class Edge:
             issuer.issuer: IssuerKeys(self._key_source(issuer), issuer.algorithms, clock=clock, rng=rng)
             for issuer in settings.auth.issuers
         }
+        self.revocations = Revocations(clock=clock)
         self.verifier = TokenVerifier(
             (
                 TrustedIssuer(issuer.issuer, issuer.audience, frozenset(issuer.algorithms), self._keys[issuer.issuer])
                 for issuer in settings.auth.issuers
             ),
+            revocations=self.revocations,
             clock=clock,
         )
         self._signer: IdentitySigner | None = None
@@ -181,7 +184,7 @@ class Edge:
         if access is not Access.PROTECTED:
             return access is Access.OPEN
         try:
-            await self.verifier.authenticate(request.headers.getall("Authorization", ()))
+            await self._verified(request)
         except AuthProblem:
             return False
         return True
@@ -208,10 +211,14 @@ class Edge:
 
     async def _authenticate(self, request: web.Request) -> VerifiedToken:
         try:
-            return await self.verifier.authenticate(request.headers.getall("Authorization", ()))
+            return await self._verified(request)
         except AuthProblem as problem:
             self._refused.labels(problem.reason).inc()
             raise
+
+    async def _verified(self, request: web.Request) -> VerifiedToken:
+        query = target_of(request).partition("?")[2]
+        return await self.verifier.authenticate(request.headers.getall("Authorization", ()), query)
 
     async def _pass(
         self,
@@ -348,6 +355,13 @@ class Edge:
             "Since each issuer's key set could last be read.",
             ("issuer",),
             lambda: {(name,): age for name, keys in self._keys.items() if (age := keys.statistics().age_s) is not None},
+        )
+        revocations = self.revocations
+        metrics.gauge("edge_revocations", "Tokens and subjects refused by name.", callback=lambda: len(revocations))
+        metrics.gauge(
+            "edge_revocations_folds",
+            "How often there were too many, and everything issued until then was refused instead.",
+            callback=lambda: revocations.statistics().folds,
         )
         if self.feed is None or self.listings is None:
             return
