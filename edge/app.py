@@ -320,7 +320,8 @@ class Edge:
         if issuer.jwks_file is not None:
             return FileSource(issuer.jwks_file)
         try:
-            return UrlSource(issuer.jwks_url, self._session)
+            secrets = any(name.startswith("HS") for name in issuer.algorithms)
+            return UrlSource(issuer.jwks_url, self._session, secrets=secrets)
         except ValueError as exc:
             raise SettingsError(f"auth.issuers: jwks_url {exc}") from exc
 

@@ -113,8 +113,15 @@ class UrlSource:
 
     refresh_s = REFRESH_S
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, *, timeout_s: float = FETCH_TIMEOUT_S) -> None:
-        check_jwks_url(url)
+    def __init__(
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        *,
+        secrets: bool = False,
+        timeout_s: float = FETCH_TIMEOUT_S,
+    ) -> None:
+        check_jwks_url(url, secrets=secrets)
         self._url = url
         self._session = session
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -310,8 +317,11 @@ class IssuerKeys:
         return tuple(key for key in fitting if key.kid == kid)
 
 
-def check_jwks_url(url: str) -> None:
-    """ValueError unless keys may be fetched from `url`: https, or http to this machine itself."""
+def check_jwks_url(url: str, *, secrets: bool = False) -> None:
+    """ValueError unless keys may be fetched from `url`: https, or http to this machine itself.
+
+    Shared secrets (`secrets`) only from this machine: whoever can fetch one can sign with it.
+    """
     parts = urlsplit(url)
     host = parts.hostname or ""
     try:
@@ -320,3 +330,5 @@ def check_jwks_url(url: str) -> None:
         local = host == "localhost"
     if not host or not (parts.scheme == "https" or (parts.scheme == "http" and local)):
         raise ValueError(f"{url!r} is not https (http is allowed to this machine only)")
+    if secrets and not local:
+        raise ValueError(f"{url!r} is open to others; the secrets of HS256, HS384 and HS512 come from a jwks_file")
