@@ -48,6 +48,7 @@ from edge.proxy import (
     make_session,
     target_of,
 )
+from edge.revocation import Revocations
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IdentityError, IdentitySigner, IdentityVerifier, Principal, load_peer_key
 from infra.metrics import Metrics
@@ -127,11 +128,13 @@ class Edge:
             issuer.issuer: IssuerKeys(self._key_source(issuer), issuer.algorithms, clock=clock, rng=rng)
             for issuer in settings.auth.issuers
         }
+        self.revocations = Revocations(clock=clock)
         self.verifier = TokenVerifier(
             (
                 TrustedIssuer(issuer.issuer, issuer.audience, frozenset(issuer.algorithms), self._keys[issuer.issuer])
                 for issuer in settings.auth.issuers
             ),
+            revocations=self.revocations,
             clock=clock,
         )
         self._signer: IdentitySigner | None = None
@@ -198,7 +201,7 @@ class Edge:
         if access is not Access.PROTECTED:
             return access is Access.OPEN
         try:
-            await self.verifier.authenticate(request.headers.getall("Authorization", ()))
+            await self._verified(request)
         except AuthProblem:
             return False
         return True
@@ -226,10 +229,14 @@ class Edge:
 
     async def _authenticate(self, request: web.Request) -> VerifiedToken:
         try:
-            return await self.verifier.authenticate(request.headers.getall("Authorization", ()))
+            return await self._verified(request)
         except AuthProblem as problem:
             self._refused.labels(problem.reason).inc()
             raise
+
+    async def _verified(self, request: web.Request) -> VerifiedToken:
+        query = target_of(request).partition("?")[2]
+        return await self.verifier.authenticate(request.headers.getall("Authorization", ()), query)
 
     async def _pass(
         self,
@@ -341,7 +348,8 @@ class Edge:
         if issuer.jwks_file is not None:
             return FileSource(issuer.jwks_file)
         try:
-            return UrlSource(issuer.jwks_url, self._session)
+            secrets = any(name.startswith("HS") for name in issuer.algorithms)
+            return UrlSource(issuer.jwks_url, self._session, secrets=secrets)
         except ValueError as exc:
             raise SettingsError(f"auth.issuers: jwks_url {exc}") from exc
 
@@ -380,6 +388,13 @@ class Edge:
         cache = self.cache
         metrics.gauge("edge_cache_entries", "URLs with answers held.", callback=lambda: cache.statistics().items)
         metrics.gauge("edge_cache_bytes", "What they weigh.", callback=lambda: cache.statistics().size_bytes)
+        revocations = self.revocations
+        metrics.gauge("edge_revocations", "Tokens and subjects refused by name.", callback=lambda: len(revocations))
+        metrics.gauge(
+            "edge_revocations_folds",
+            "How often there were too many, and everything issued until then was refused instead.",
+            callback=lambda: revocations.statistics().folds,
+        )
         if self.feed is None or self.listings is None:
             return
         feed, listings = self.feed, self.listings

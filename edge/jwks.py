@@ -1,46 +1,32 @@
-"""An issuer's public keys: read from a file or fetched from a URL, refused one by one when unfit, kept through outages.
+"""An issuer's key set: read from a file or fetched from a URL, kept fresh, kept through outages.
 
 Promise: `IssuerKeys.find` answers from memory; one fetch at a time, refreshed ahead of need, the last good set kept
-when the issuer cannot be reached (at most `STALE_S_MAX`), an unknown `kid` asked after at most once per
-`UNKNOWN_KID_COOLDOWN_S`; `generation` grows whenever the usable keys change. A key that is weak, private, symmetric,
-not meant for verifying, or ambiguous is refused alone, with its reason logged. Left to others: tokens (`auth.py`).
-Rules: RFC 7517, RFC 7518 §6, RFC 8037 §2, RFC 8725 §3.1 and §3.5.
+when the issuer cannot be reached (at most `STALE_S_MAX`), unknown `kid`s asked after at most once per
+`UNKNOWN_KID_COOLDOWN_S` together, and one that stays unknown less and less often; a new set replaces the old one whole,
+and `generation` grows whenever the usable keys change. Left to others: which keys are fit (`keys.py`), tokens
+(`auth.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import ipaddress
-import json
 import logging
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Final, Protocol
 from urllib.parse import urlsplit
 
 import aiohttp
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 
+from edge.keys import JwksError, KeySet, VerifyKey, load_keys
+from infra.cache import ByteLRU
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.singleflight import SingleFlight
-
-PublicKey: TypeAlias = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey
-
-
-class JwksError(Exception):
-    """A key set that cannot be used as a whole; the message says why."""
-
-
-class KeyRefused(Exception):
-    """One key that must not verify anything; the message says which rule it breaks."""
 
 
 class KeysUnavailable(Exception):
@@ -52,41 +38,17 @@ RETRY_S: Final = 1.0
 RETRY_S_MAX: Final = 30.0
 FILE_CHECK_S: Final = 1.0
 UNKNOWN_KID_COOLDOWN_S: Final = 30.0
+UNKNOWN_KID_COOLDOWN_S_MAX: Final = 300.0
+"""Of a kid that was asked after and stayed unknown, each time twice as long: an old token shown for ever must not hold
+the one question that a new key needs."""
+UNKNOWN_KIDS_MAX: Final = 1024
 STALE_S_MAX: Final = 24 * 3600.0
 FETCH_TIMEOUT_S: Final = 5.0
 JWKS_BYTES_MAX: Final = 512 * 1024
-KEYS_MAX: Final = 100
 KEYS_WITHOUT_KID_MAX: Final = 8
 """How many keys a token without a kid may be tried against."""
-RSA_BITS_MIN: Final = 2048
-RSA_BITS_MAX: Final = 8192
-
-_RSA_ALGORITHMS: Final = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
-_PRIVATE_MEMBERS: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
-_CURVES: Final[Mapping[str, tuple[Callable[[], ec.EllipticCurve], int, str]]] = {
-    "P-256": (ec.SECP256R1, 32, "ES256"),
-    "P-384": (ec.SECP384R1, 48, "ES384"),
-    "P-521": (ec.SECP521R1, 66, "ES512"),
-}
-_BASE64URL: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyKey:
-    """A public key and the algorithms it may verify, nothing wider."""
-
-    kid: str | None
-    algorithms: frozenset[str]
-    public_key: PublicKey = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class KeySet:
-    keys: tuple[VerifyKey, ...]
-    refused: tuple[str, ...]
-    """One line per refused key: which one and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,20 +113,35 @@ class UrlSource:
 
     refresh_s = REFRESH_S
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, *, timeout_s: float = FETCH_TIMEOUT_S) -> None:
-        check_jwks_url(url)
+    def __init__(
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        *,
+        secrets: bool = False,
+        timeout_s: float = FETCH_TIMEOUT_S,
+    ) -> None:
+        check_jwks_url(url, secrets=secrets)
         self._url = url
         self._session = session
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
 
     async def read(self) -> bytes:
-        headers = {"Accept": "application/jwk-set+json, application/json"}
+        # Plain bytes, so that the limit is one on what is read into memory.
+        headers = {"Accept": "application/jwk-set+json, application/json", "Accept-Encoding": "identity"}
         try:
             async with self._session.get(
-                self._url, headers=headers, allow_redirects=False, timeout=self._timeout, auto_decompress=True
+                self._url,
+                headers=headers,
+                allow_redirects=False,
+                timeout=self._timeout,
+                auto_decompress=False,
+                middlewares=(),
             ) as answer:
                 if answer.status != 200:
                     raise JwksError(f"{self._url}: answered {answer.status}, not 200")
+                if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
+                    raise JwksError(f"{self._url}: answered in a coding that was not asked for")
                 content = bytearray()
                 async for chunk in answer.content.iter_any():
                     content += chunk
@@ -200,6 +177,10 @@ class IssuerKeys:
         self._generation = 0
         self._loaded_at: float | None = None
         self._asked_at: float | None = None
+        self._absent: ByteLRU[str, tuple[float, float]] = ByteLRU(
+            size_bytes_max=UNKNOWN_KIDS_MAX * 512, items_max=UNKNOWN_KIDS_MAX
+        )
+        """Kids that were asked after in vain: (not again before, how long that was)."""
         self._failed_at: float | None = None
         self._flights: SingleFlight[str, None] = SingleFlight()
         self._refreshing = 0
@@ -222,15 +203,16 @@ class IssuerKeys:
         if self._loaded_at is None:
             await self._first_load()
         found = self._match(kid, algorithm)
-        if not found and kid is not None and all(key.kid != kid for key in self._set.keys):
-            now = self._clock.monotonic()
-            due = self._asked_at is None or now - self._asked_at >= UNKNOWN_KID_COOLDOWN_S
-            if due:
-                self._asked_at = now
-            # Not due, but someone with the same new kid asked a moment ago: their answer is ours.
-            if due or self._refreshing:
-                await self.refresh()
-                found = self._match(kid, algorithm)
+        if found or kid is None or any(key.kid == kid for key in self._set.keys):
+            return found
+        if self._refreshing:
+            # Someone is asking right now, and the answer is ours too; but it may have been written before our kid was.
+            await self.refresh()
+            found = self._match(kid, algorithm)
+        if not found and self._may_ask(kid):
+            read = await self.refresh()
+            found = self._match(kid, algorithm)
+            self._learn(kid, found=bool(found), read=read)
         return found
 
     async def refresh(self) -> bool:
@@ -266,6 +248,27 @@ class IssuerKeys:
             last_error=self._last_error,
         )
 
+    def _may_ask(self, kid: str) -> bool:
+        """Whether to look at the source for the sake of `kid`, which is not in the set; then it is being asked."""
+        now = self._clock.monotonic()
+        absent = self._absent.get(kid, now)
+        if absent is not None and now < absent[0]:
+            return False
+        if self._asked_at is not None and now - self._asked_at < UNKNOWN_KID_COOLDOWN_S:
+            return False
+        self._asked_at = now
+        return True
+
+    def _learn(self, kid: str, *, found: bool, read: bool) -> None:
+        if found:
+            # Nobody can make up a kid that is found, so this one may be followed by the next at once.
+            self._asked_at = None
+        elif read:
+            now = self._clock.monotonic()
+            absent = self._absent.get(kid, now)
+            wait = min(UNKNOWN_KID_COOLDOWN_S_MAX, UNKNOWN_KID_COOLDOWN_S if absent is None else absent[1] * 2)
+            self._absent.put(kid, (now + wait, wait), 128 + 4 * len(kid))
+
     async def _first_load(self) -> None:
         now = self._clock.monotonic()
         if self._failed_at is None or now - self._failed_at >= RETRY_S or self._refreshing:
@@ -280,12 +283,15 @@ class IssuerKeys:
             digest = hashlib.sha256(document).digest()
             if digest != self._digest or self._loaded_at is None:
                 self._adopt(load_keys(document, self._algorithms), digest)
-        except JwksError as exc:
+        except Exception as exc:
+            # Also what nobody foresaw: who refreshes must go on, or the keys are given up in a day.
+            if not isinstance(exc, JwksError):
+                log.exception("key set not refreshed: %s", self._source)
+            elif self._last_error != str(exc):
+                log.warning("key set not refreshed: %s", exc, extra={"fields": {"keys": len(self._set.keys)}})
             self._failures += 1
             self._failed_at = self._clock.monotonic()
-            if self._last_error != str(exc):
-                log.warning("key set not refreshed: %s", exc, extra={"fields": {"keys": len(self._set.keys)}})
-            self._last_error = str(exc)
+            self._last_error = str(exc) or type(exc).__name__
         else:
             self._loaded_at = self._clock.monotonic()
             self._last_error = None
@@ -295,6 +301,7 @@ class IssuerKeys:
             log.warning("key refused: %s: %s", self._source, refusal)
         self._set, self._digest = keys, digest
         self._generation += 1
+        self._absent.clear()
         log.info("keys loaded", extra={"fields": {"source": str(self._source), "keys": len(keys.keys)}})
 
     def _give_up_stale(self) -> None:
@@ -310,8 +317,11 @@ class IssuerKeys:
         return tuple(key for key in fitting if key.kid == kid)
 
 
-def check_jwks_url(url: str) -> None:
-    """ValueError unless keys may be fetched from `url`: https, or http to this machine itself."""
+def check_jwks_url(url: str, *, secrets: bool = False) -> None:
+    """ValueError unless keys may be fetched from `url`: https, or http to this machine itself.
+
+    Shared secrets (`secrets`) only from this machine: whoever can fetch one can sign with it.
+    """
     parts = urlsplit(url)
     host = parts.hostname or ""
     try:
@@ -320,153 +330,5 @@ def check_jwks_url(url: str) -> None:
         local = host == "localhost"
     if not host or not (parts.scheme == "https" or (parts.scheme == "http" and local)):
         raise ValueError(f"{url!r} is not https (http is allowed to this machine only)")
-
-
-def load_keys(document: bytes, algorithms: frozenset[str]) -> KeySet:
-    """The keys of a JWKS that may verify one of `algorithms`, and why the others may not. JwksError for the whole."""
-    try:
-        parsed: object = json.loads(document.decode(), object_pairs_hook=unique_members)
-    except (ValueError, RecursionError) as exc:
-        raise JwksError(f"not a JSON key set: {exc}") from exc
-    entries = parsed.get("keys") if isinstance(parsed, dict) else None
-    if not isinstance(entries, list):
-        raise JwksError('not a key set: no "keys" list')
-    if len(entries) > KEYS_MAX:
-        raise JwksError(f"more than {KEYS_MAX} keys")
-    fit: list[VerifyKey] = []
-    refused: list[str] = []
-    for index, entry in enumerate(entries):
-        try:
-            fit.append(load_key(entry, algorithms))
-        except KeyRefused as exc:
-            refused.append(f"key {index}{_named(entry)}: {exc}")
-    # Two keys under one name: which one signed is anybody's choice, so neither is believed.
-    named = Counter(key.kid for key in fit if key.kid is not None)
-    refused += [f"kid {kid!r}: used by {count} keys" for kid, count in named.items() if count > 1]
-    return KeySet(tuple(key for key in fit if key.kid is None or named[key.kid] == 1), tuple(refused))
-
-
-def load_key(jwk: object, algorithms: frozenset[str]) -> VerifyKey:
-    """The key in `jwk`, bound to those of `algorithms` that fit its type, curve and `alg`. KeyRefused."""
-    if not isinstance(jwk, dict):
-        raise KeyRefused("not an object")
-    _check_use(jwk)
-    key_type = jwk.get("kty")
-    if key_type == "RSA":
-        public_key, fitting = _rsa_key(jwk), _RSA_ALGORITHMS
-    elif key_type == "EC":
-        public_key, fitting = _ec_key(jwk)
-    elif key_type == "OKP":
-        public_key, fitting = _okp_key(jwk), frozenset({"EdDSA"})
-    elif key_type == "oct":
-        raise KeyRefused("a symmetric key cannot be public")
-    else:
-        raise KeyRefused("kty is none of RSA, EC and OKP")
-    named = jwk.get("alg")
-    if named is not None:
-        if not isinstance(named, str) or named not in fitting:
-            raise KeyRefused("alg does not fit the key")
-        fitting = frozenset({named})
-    allowed = fitting & algorithms
-    if not allowed:
-        raise KeyRefused("fits none of the algorithms set for the issuer")
-    return VerifyKey(jwk.get("kid"), allowed, public_key)
-
-
-def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`: an object whose member is given twice means two things to two readers (RFC 8725 §2.4)."""
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a member is given twice")
-    return members
-
-
-def base64url_decode(text: str) -> bytes:
-    """Base64url without padding, in the one canonical spelling (RFC 7515 §2); ValueError for any other."""
-    if _BASE64URL.fullmatch(text) is None:
-        raise ValueError("not base64url")
-    decoded = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    if base64.urlsafe_b64encode(decoded).rstrip(b"=") != text.encode():
-        raise ValueError("not canonical base64url")
-    return decoded
-
-
-def _check_use(jwk: Mapping[str, Any]) -> None:
-    private = sorted(_PRIVATE_MEMBERS & jwk.keys()) if jwk.get("kty") != "oct" else []
-    if private:
-        raise KeyRefused(f"holds private members ({', '.join(private)})")
-    kid = jwk.get("kid")
-    if kid is not None and (not isinstance(kid, str) or not kid):
-        raise KeyRefused("kid is not text")
-    if "use" in jwk and jwk["use"] != "sig":
-        raise KeyRefused("use is not sig")
-    operations = jwk.get("key_ops")
-    if "key_ops" in jwk and not (
-        isinstance(operations, list)
-        and all(isinstance(name, str) for name in operations)
-        and len(set(operations)) == len(operations)
-        and "verify" in operations
-    ):
-        raise KeyRefused("key_ops does not allow verify")
-
-
-def _rsa_key(jwk: Mapping[str, Any]) -> PublicKey:
-    modulus, exponent = _number(jwk, "n"), _number(jwk, "e")
-    bits = modulus.bit_length()
-    if not RSA_BITS_MIN <= bits <= RSA_BITS_MAX:
-        raise KeyRefused(f"RSA of {bits} bits; {RSA_BITS_MIN} to {RSA_BITS_MAX} are allowed")
-    if modulus % 2 == 0 or exponent % 2 == 0 or not 3 <= exponent < 1 << 64:
-        raise KeyRefused("n or e is no RSA number")
-    return _made(lambda: rsa.RSAPublicNumbers(exponent, modulus).public_key())
-
-
-def _ec_key(jwk: Mapping[str, Any]) -> tuple[PublicKey, frozenset[str]]:
-    name = jwk.get("crv")
-    if not isinstance(name, str) or name not in _CURVES:
-        raise KeyRefused("crv is none of " + ", ".join(_CURVES))
-    curve, size, algorithm = _CURVES[name]
-    x, y = _octets(jwk, "x"), _octets(jwk, "y")
-    if len(x) != size or len(y) != size:
-        raise KeyRefused(f"a coordinate of {name} is {size} bytes long")
-    numbers = ec.EllipticCurvePublicNumbers(int.from_bytes(x), int.from_bytes(y), curve())
-    return _made(numbers.public_key), frozenset({algorithm})
-
-
-def _okp_key(jwk: Mapping[str, Any]) -> PublicKey:
-    point = _octets(jwk, "x")
-    if jwk.get("crv") == "Ed25519":
-        return _made(lambda: ed25519.Ed25519PublicKey.from_public_bytes(point))
-    if jwk.get("crv") == "Ed448":
-        return _made(lambda: ed448.Ed448PublicKey.from_public_bytes(point))
-    raise KeyRefused("crv is none of Ed25519, Ed448")
-
-
-def _made(make: Callable[[], PublicKey]) -> PublicKey:
-    try:
-        return make()
-    except (ValueError, UnsupportedAlgorithm) as exc:
-        raise KeyRefused(f"not a valid public key: {exc}") from exc
-
-
-def _number(jwk: Mapping[str, Any], name: str) -> int:
-    octets = _octets(jwk, name)
-    if octets[0] == 0:
-        raise KeyRefused(f"{name} has leading zeros")
-    return int.from_bytes(octets)
-
-
-def _octets(jwk: Mapping[str, Any], name: str) -> bytes:
-    value = jwk.get(name)
-    try:
-        return base64url_decode(value) if isinstance(value, str) else _absent(name)
-    except ValueError as exc:
-        raise KeyRefused(f"{name} is {exc}") from exc
-
-
-def _absent(name: str) -> bytes:
-    raise KeyRefused(f"{name} is missing")
-
-
-def _named(jwk: object) -> str:
-    kid = jwk.get("kid") if isinstance(jwk, dict) else None
-    return f" (kid {kid[:64]!r})" if isinstance(kid, str) else ""
+    if secrets and not local:
+        raise ValueError(f"{url!r} is open to others; the secrets of HS256, HS384 and HS512 come from a jwks_file")

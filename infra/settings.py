@@ -26,9 +26,10 @@ from msgspec import Meta, Struct, structs
 ENV_PREFIX: Final = "WEFT_"
 ENV_SEPARATOR: Final = "__"
 
-# Never a symmetric one: a public key must not become a shared secret (RFC 8725 §3.1).
+# Never "none". A symmetric one is a wish to be spelled out: whoever can verify with it can sign with it.
 ALGORITHMS: Final = (
-    "ES256", "ES384", "ES512", "EdDSA", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
+    "ES256", "ES384", "ES512", "EdDSA", "Ed25519", "Ed448", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
+    "HS256", "HS384", "HS512",
 )  # fmt: skip
 NEVER_PUBLIC: Final = ("/api", "/v1", "/peer")
 LEASE_HEARTBEATS: Final = 3
@@ -76,6 +77,15 @@ def _url_or_nothing(value: str) -> str:
     return _url(value) if value else ""
 
 
+def _key_url(value: str) -> str:
+    """Kept to the letter: some providers tell policies apart by query, and an address may well end in a slash."""
+    parts = urlsplit(value)
+    if value and (parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment):
+        raise ValueError("not an http(s) address")
+    _ = parts.port  # raises ValueError for a port that is none
+    return value
+
+
 def _public(value: str) -> str:
     if not value.startswith("/"):
         raise ValueError("no leading slash")
@@ -97,6 +107,10 @@ OptionalUrl = Annotated[
     str,
     Meta(description="an http:// or https:// address, or nothing", extra={"parse": _url_or_nothing}),
 ]
+KeyUrl = Annotated[
+    str,
+    Meta(description="an https:// address (http:// of this machine too), or nothing", extra={"parse": _key_url}),
+]
 Listen = Annotated[str, Meta(description="host:port, the port from 0 to 65535", extra={"parse": _listen})]
 Seconds = Annotated[float, Meta(gt=0, le=86_400, description="seconds, over 0 and at most 86400")]
 SecondsOrNone = Annotated[float, Meta(ge=0, le=86_400, description="seconds, from 0 to 86400")]
@@ -109,9 +123,12 @@ PublicPrefix = Annotated[
     Meta(description="path prefixes that begin with / (never /api, /v1 or /peer)", extra={"parse": _public}),
 ]
 Algorithm = Annotated[
-    Literal["ES256", "ES384", "ES512", "EdDSA", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"],
+    Literal[
+        "ES256", "ES384", "ES512", "EdDSA", "Ed25519", "Ed448", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
+        "HS256", "HS384", "HS512",
+    ],
     Meta(description="among " + ", ".join(ALGORITHMS)),
-]
+]  # fmt: skip
 
 
 class RegionSettings(Struct, frozen=True):
@@ -181,7 +198,7 @@ class EdgeSettings(Struct, frozen=True):
 class IssuerSettings(Struct, frozen=True):
     issuer: Text
     audience: Text
-    jwks_url: OptionalUrl = ""
+    jwks_url: KeyUrl = ""
     jwks_file: Path | None = None
     algorithms: tuple[Algorithm, ...] = ("ES256", "EdDSA", "RS256")
 

@@ -107,6 +107,15 @@ async def test_a_token_in_the_query_is_no_token(edge):
     assert (await edge.get(f"/api/threads?access_token={edge.token}", token="")).status == 401
 
 
+@pytest.mark.parametrize("name", ["access_token", "%61ccess%5Ftoken", "limit=1&ACCESS_TOKEN"])
+async def test_a_token_in_the_query_beside_one_in_the_header_is_a_bad_request(edge, region, name):
+    answer = await edge.get(f"/api/threads?{name}=x")
+    assert answer.status == 400
+    assert 'error="invalid_request"' in answer.headers["WWW-Authenticate"]
+    assert not region.requests("/api/threads")
+    assert (await edge.get("/api/threads?q=access_token%20")).status == 200
+
+
 @pytest.mark.parametrize("path", ["/", "/openapi.json", "/docs", "/t/abc", "/cdn/app.1234.js"])
 async def test_open_paths_pass_with_the_clients_own_authorization(edge, region, path):
     assert (await edge.get(path, token="")).status == 200

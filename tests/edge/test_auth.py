@@ -14,7 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from edge.auth import AuthProblem, TokenVerifier, TrustedIssuer, bearer_token
-from edge.jwks import KeysUnavailable, VerifyKey, load_keys
+from edge.jwks import KeysUnavailable
+from edge.keys import VerifyKey, load_keys
+from edge.revocation import Revocations, RevokedSubject
 from infra.identity import Principal
 from tests.support.fakeclock import FakeClock
 
@@ -51,8 +53,14 @@ def keys(signer) -> Keys:
 
 
 @pytest.fixture
-def verifier(signer, keys, clock) -> TokenVerifier:
-    return TokenVerifier([TrustedIssuer(signer.issuer, "weft", ALGORITHMS, keys)], clock=clock)
+def revocations(clock) -> Revocations:
+    return Revocations(clock=clock)
+
+
+@pytest.fixture
+def verifier(signer, keys, clock, revocations) -> TokenVerifier:
+    trusted = TrustedIssuer(signer.issuer, "weft", ALGORITHMS, keys)
+    return TokenVerifier([trusted], revocations=revocations, clock=clock)
 
 
 async def refusal(verifier: TokenVerifier, token: str) -> AuthProblem:
@@ -348,13 +356,74 @@ async def test_keys_that_change_while_a_token_is_verified_make_it_one_of_the_pas
 
 async def test_a_key_verifies_nothing_but_its_own_algorithms_whoever_finds_it(signer, keys, verifier):
     found = load_keys(signer.jwks(), frozenset({"ES256"})).keys[0]
-    narrowed = VerifyKey(found.kid, frozenset({"ES384"}), found.public_key)
+    narrowed = VerifyKey(found.kid, frozenset({"ES384"}), found.key)
 
     async def find(kid: str | None, algorithm: str) -> list[VerifyKey]:
         return [narrowed]
 
     keys.find = find
     assert (await refusal(verifier, signer.token())).reason == "signature"
+
+
+async def test_a_revoked_token_is_refused_also_where_it_is_remembered(signer, verifier, revocations):
+    token = signer.token(jti="j1")
+    await verifier.verify(token)
+    revocations.revoke_token(signer.issuer, "j1", time.time() + 600)
+    problem = await refusal(verifier, token)
+    assert (problem.status, problem.reason) == (401, "revoked")
+    assert 'error="invalid_token"' in problem.headers["WWW-Authenticate"]
+    assert await verifier.verify(signer.token(jti="j2"))
+
+
+async def test_what_was_issued_to_a_subject_until_now_is_refused_also_where_it_is_remembered(
+    signer, verifier, revocations, clock
+):
+    old = signer.token()
+    await verifier.verify(old)
+    revocations.revoke_subject(signer.issuer, "ada", clock.time(), clock.time() + 600)
+    assert (await refusal(verifier, old)).reason == "revoked"
+    assert await verifier.verify(signer.token(sub="bob"))
+    assert await verifier.verify(signer.token(iat=int(clock.time()) + 1))
+
+
+async def test_a_token_revoked_while_its_key_is_fetched_is_refused(signer, keys, verifier, revocations):
+    find = keys.find
+
+    async def revoked_meanwhile(kid: str | None, algorithm: str) -> list[VerifyKey]:
+        revocations.revoke_token(signer.issuer, "j1", time.time() + 600)
+        return await find(kid, algorithm)
+
+    keys.find = revoked_meanwhile
+    assert (await refusal(verifier, signer.token(jti="j1"))).reason == "revoked"
+
+
+async def test_before_what_is_revoked_is_known_no_token_is_good_or_bad(signer, keys, clock):
+    revocations = Revocations(complete=False, clock=clock)
+    trusted = TrustedIssuer(signer.issuer, "weft", ALGORITHMS, keys)
+    verifier = TokenVerifier([trusted], revocations=revocations, clock=clock)
+    problem = await refusal(verifier, signer.token())
+    assert (problem.status, problem.reason, problem.retryable) == (503, "revocations-unknown", True)
+    assert (await refusal(verifier, signer.token(aud="other"))).status == 401
+    revocations.replace([])
+    assert await verifier.verify(signer.token())
+
+
+async def test_a_verified_token_knows_by_itself_when_it_is_not_good_any_more(
+    signer, keys, verifier, revocations, clock
+):
+    now = int(clock.time())
+    clock.set_time(now)
+    verified = await verifier.verify(signer.token(exp=now + 60, nbf=now, jti="j1"))
+    assert [verified.still_good(now + offset) for offset in (-6, -5, 0, 64, 65)] == [False, True, True, True, False]
+    # Others' revocations cost it one look.
+    revocations.revoke_token(signer.issuer, "j2", now + 600)
+    assert verified.still_good(now)
+    revocations.revoke_token(signer.issuer, "j1", now + 600)
+    assert not verified.still_good(now)
+    revocations.replace([RevokedSubject(signer.issuer, "bob", now, now + 600)])
+    assert verified.still_good(now)
+    keys.publish(signer.jwks())
+    assert not verified.still_good(now)
 
 
 async def test_a_refusal_is_not_remembered(signer, keys, verifier):

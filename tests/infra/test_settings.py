@@ -154,8 +154,12 @@ def test_a_path_may_begin_at_home(write: Write, monkeypatch: pytest.MonkeyPatch)
             "weft.toml: region is 'c'; allowed: a, b",
         ),
         (
-            '[[auth.issuers]]\nissuer="i"\naudience="a"\njwks_file="j"\nalgorithms=["HS256"]',
-            "weft.toml: auth.issuers[0].algorithms[0] is 'HS256'; allowed: among ES256, ",
+            '[[auth.issuers]]\nissuer="i"\naudience="a"\njwks_file="j"\nalgorithms=["none"]',
+            "weft.toml: auth.issuers[0].algorithms[0] is 'none'; allowed: among ES256, ",
+        ),
+        (
+            '[[auth.issuers]]\nissuer="i"\naudience="a"\njwks_url="file:///keys.json"',
+            "weft.toml: auth.issuers[0].jwks_url is 'file:///keys.json'; allowed: an https:// address (http:// of",
         ),
         (
             '[[auth.issuers]]\nissuer="i"\naudience="a"',
@@ -173,6 +177,12 @@ def test_a_mistake_is_one_line_with_the_key_the_value_and_what_is_allowed(
     write: Write, text: str, message: str
 ) -> None:
     assert refused(write(text)).startswith(message)
+
+
+def test_the_address_of_keys_is_kept_to_the_letter(write: Write) -> None:
+    url = "https://login.example/keys/?p=policy"
+    settings = load(write(f'[[auth.issuers]]\nissuer="i"\naudience="a"\njwks_url="{url}"'), {})
+    assert settings.auth.issuers[0].jwks_url == url
 
 
 def test_a_file_that_is_missing_or_not_text_is_a_clear_error(tmp_path: Path) -> None:
