@@ -21,6 +21,7 @@ import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 
+from edge import interim
 from edge.cache_control import RequestDirectives
 from edge.cache_fill import Begun, Failed, Fill, Handed, Whole
 from edge.cache_policy import ERROR_STATUSES, Exchange, Kept, confirms, freshened, kept_answer, may_keep
@@ -171,10 +172,15 @@ class Fetches:
         checking = kept is not None and kept.validated
         if kept is not None or not ask.single:
             _condition(headers, kept)
+        exchanging = self._upstream.exchange(
+            "GET",
+            ask.key.target,
+            headers,
+            headers_timeout_s=ask.headers_timeout_s,
+            on_interim=interim.to_client(ask.request) if fill.led else None,
+        )
         async with AsyncExitStack() as stack:
-            answer = await stack.enter_async_context(
-                self._upstream.exchange("GET", ask.key.target, headers, headers_timeout_s=ask.headers_timeout_s)
-            )
+            answer = await stack.enter_async_context(exchanging)
             ask.check(answer.status)
             exchange = ask.exchange(asked_at, self._clock)
             if answer.status == 304 and checking and kept is not None:

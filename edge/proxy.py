@@ -22,6 +22,7 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
+from edge import interim
 from edge.balancer import Balancer, Origin
 from edge.headers import for_client
 from infra.metrics import Metrics
@@ -199,9 +200,11 @@ class Upstream:
         body: RequestBody | None = None,
         *,
         headers_timeout_s: float | None = None,
+        on_interim: interim.Tell | None = None,
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
         """The answer to a request, its headers read and its body to be read with `read`. Problem 502 or 504, or what
-        went wrong with `body`."""
+        went wrong with `body`. `on_interim` is told of 1xx answers before."""
+        interim.listener.set(on_interim)
         origin, answer = await self._send(method, target, headers, body, headers_timeout_s or self._headers_timeout_s)
         failed: bool | None = None
         try:
@@ -314,7 +317,12 @@ class Proxy:
         with self._presence.of(request) as present:
             try:
                 async with self._upstream.exchange(
-                    request.method, target_of(request), headers, body, headers_timeout_s=headers_timeout_s
+                    request.method,
+                    target_of(request),
+                    headers,
+                    body,
+                    headers_timeout_s=headers_timeout_s,
+                    on_interim=interim.to_client(request),
                 ) as answer:
                     if on_answer is not None:
                         on_answer(answer.status, answer.headers)
@@ -365,6 +373,7 @@ def make_session() -> aiohttp.ClientSession:
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
         middlewares=(_once,),
+        response_class=interim.Response,
         skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         max_line_size=32 * 1024,
         max_field_size=32 * 1024,

@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from tests.edge.conftest import RunningEdge
 from tests.support.fakeclock import FakeClock
+
+if TYPE_CHECKING:
+    from tests.edge.conftest import RunningEdge
 
 Fields = Iterable[tuple[str, str | int]]
 DATES = frozenset({"date", "expires", "last-modified", "if-modified-since"})

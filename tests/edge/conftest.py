@@ -24,6 +24,8 @@ from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IDENTITY_HEADER, SERVER_IDENTITY_HEADER, IdentitySigner, IdentityVerifier, write_peer_key
 from infra.server import HEADER_LINE_BYTES_MAX, Lifecycle
 from infra.settings import AuthSettings, EdgeSettings, IssuerSettings, RegionSettings, Settings, SyncSettings
+from tests.edge.cacheorigin import Origin, running_origin
+from tests.support.fakeclock import FakeClock
 
 ISSUER = "https://login.example"
 AUDIENCE = "weft"
@@ -352,3 +354,20 @@ async def start_edge(signer: Signer, jwks_file: Path, peer_key_file: Path) -> As
             return running
 
         yield start
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+async def origin(clock: FakeClock) -> AsyncIterator[Origin]:
+    async with running_origin(clock) as origin:
+        yield origin
+
+
+@pytest.fixture
+async def cache(origin: Origin, clock: FakeClock, start_edge: StartEdge) -> RunningEdge:
+    """An edge that is nothing but a shared cache before `origin`."""
+    return await start_edge(origins=(origin.url,), public=("/",), issuers=(), clock=clock)

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 
-from tests.edge.cacheorigin import Answer, Fields, Origin, get, result, running_origin
-from tests.edge.conftest import RunningEdge, StartEdge
+from tests.edge.cacheorigin import Answer, Fields, Origin, get, result
+from tests.edge.conftest import RunningEdge
 from tests.support.fakeclock import FakeClock
 
 HOUR = [("Cache-Control", "max-age=3600")]
 
 
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-async def origin(clock: FakeClock) -> AsyncIterator[Origin]:
-    async with running_origin(clock) as origin:
-        yield origin
-
-
-@pytest.fixture
-async def edge(origin: Origin, clock: FakeClock, start_edge: StartEdge) -> RunningEdge:
-    return await start_edge(origins=(origin.url,), public=("/",), issuers=(), clock=clock)
-
-
-async def reused(edge: RunningEdge, origin: Origin, clock: FakeClock, answer: Answer, *, after_s: float = 3) -> bool:
+async def reused(cache: RunningEdge, origin: Origin, clock: FakeClock, answer: Answer, *, after_s: float = 3) -> bool:
     """Whether a second request, so much later, is answered from the first one's answer."""
     origin.says("/a", answer, Answer(body=b"second"))
-    first = await get(edge)
+    first = await get(cache)
     assert (first.status, await first.read()) == (answer.status, b"" if answer.status == 204 else answer.body)
     clock.step(after_s)
-    second = await get(edge)
+    second = await get(cache)
     return result(second) == "hit" and origin.count("/a") == 1
 
 
@@ -96,11 +78,11 @@ async def reused(edge: RunningEdge, origin: Origin, clock: FakeClock, answer: An
     ids=str,
 )
 async def test_an_answer_is_used_again_while_it_is_fresh(
-    edge: RunningEdge, origin: Origin, clock: FakeClock, headers: Fields, fresh: bool
+    cache: RunningEdge, origin: Origin, clock: FakeClock, headers: Fields, fresh: bool
 ):
-    assert await reused(edge, origin, clock, Answer(headers)) is fresh
+    assert await reused(cache, origin, clock, Answer(headers)) is fresh
 
 
-async def test_an_answer_without_a_date_counts_from_its_arrival_and_gets_one(edge, origin, clock):
-    assert await reused(edge, origin, clock, Answer([("Expires", 3600)], date=False))
-    assert (await get(edge)).headers["Date"] == origin.when(-3)
+async def test_an_answer_without_a_date_counts_from_its_arrival_and_gets_one(cache, origin, clock):
+    assert await reused(cache, origin, clock, Answer([("Expires", 3600)], date=False))
+    assert (await get(cache)).headers["Date"] == origin.when(-3)
