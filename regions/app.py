@@ -37,7 +37,7 @@ from regions.scrubbing import Scrubbing
 from regions.topology import Topology
 
 MEETING_S: Final = 2.0
-"""So long after its start a region waits for the others that a majority needs, before it is ready all the same."""
+"""So long after its start a region waits for all others that vote, before it is ready all the same."""
 
 
 class Region(msgspec.Struct):
@@ -111,8 +111,9 @@ async def open_region(
                 return f"has yet to join its cluster: {node.joining.reason}"
             if not topology.votes:
                 return "does not vote in its cluster: a learner, or removed"
-            alone = len(node.replicator.counting()) < topology.others_for_majority
-            return "meets the other regions" if alone and clock.monotonic() < began + MEETING_S else None
+            missing = set(topology.voting_peers) - node.replicator.counting()
+            meets = missing and clock.monotonic() < began + MEETING_S
+            return f"meets the other regions: {', '.join(sorted(missing))}" if meets else None
 
         lifecycle.add_check("joined", joined)
         yield Region(store, node, peers, peer_api, scrubbing, verifier)

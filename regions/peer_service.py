@@ -147,6 +147,8 @@ class PeerService:
             if message.incarnation > known:
                 await self._writer.submit(replication.MeetPeer(message.region, message.incarnation))
             self._failover.answer_hello(message)
+            if message.region in self._replicator.targets:
+                self._replicator.targets[message.region].greet_back()
         return HelloAnswer(
             region=self._topology.region,
             incarnation=log.incarnation,

@@ -150,6 +150,7 @@ class Target:
         self.heard: Heard | None = None
         self.greeted: list[Callable[[Heard], None]] = []
         """Called after each answered heartbeat."""
+        self._greeting: asyncio.Task[None] | None = None
         self._last_error: str | None = None
         self._misconfigured = False
         self._requests = self._entries = self._bytes = self._failures = 0
@@ -165,7 +166,7 @@ class Target:
         self._wake.set()
 
     async def close(self) -> None:
-        tasks = [*self._tasks, *self._flights, *([self._flushing] if self._flushing else [])]
+        tasks = [*self._tasks, *self._flights, *(task for task in (self._flushing, self._greeting) if task)]
         self._tasks = []
         for task in tasks:
             task.cancel()
@@ -607,6 +608,11 @@ class Target:
             await self._meet()
         except (PeerUnreachable, PeerRefused, base.StoreError) as error:
             self._last_error = str(error)
+
+    def greet_back(self) -> None:
+        """The peer said hello: if it was out of reach, find out now whether it still is, not at the next heartbeat."""
+        if not self.reachable and self._tasks and (self._greeting is None or self._greeting.done()):
+            self._greeting = asyncio.create_task(self.greet(), name=f"greet {self.region} back")
 
     async def _meet(self) -> None:
         sent_at = self._clock.monotonic()
