@@ -58,6 +58,8 @@ class KeysStatistics:
     generation: int
     fetches: int
     failures: int
+    unknown_kids: int
+    """Asked after in vain, and remembered so that they are not asked after again soon."""
     age_s: float | None
     """Since the last answer that could be used; None before the first."""
     last_error: str | None
@@ -244,6 +246,7 @@ class IssuerKeys:
             generation=self._generation,
             fetches=self._fetches,
             failures=self._failures,
+            unknown_kids=len(self._absent),
             age_s=None if loaded_at is None else self._clock.monotonic() - loaded_at,
             last_error=self._last_error,
         )

@@ -7,39 +7,19 @@ import hashlib
 import hmac
 import json
 import time
-from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from edge.auth import AuthProblem, TokenVerifier, TrustedIssuer, bearer_token
-from edge.jwks import KeysUnavailable
 from edge.keys import VerifyKey, load_keys
 from edge.revocation import Revocations, RevokedSubject
 from infra.identity import Principal
+from tests.edge.jose import Keys, b64, refusal, signed
 from tests.support.fakeclock import FakeClock
 
 ALGORITHMS = frozenset({"ES256", "EdDSA", "RS256"})
-
-
-class Keys:
-    """The keys of an issuer, held in memory."""
-
-    def __init__(self, document: bytes, algorithms: frozenset[str] = ALGORITHMS) -> None:
-        self.algorithms = algorithms
-        self.generation = 0
-        self.unavailable = False
-        self.publish(document)
-
-    def publish(self, document: bytes) -> None:
-        self.keys = load_keys(document, self.algorithms).keys
-        self.generation += 1
-
-    async def find(self, kid: str | None, algorithm: str) -> list[VerifyKey]:
-        if self.unavailable:
-            raise KeysUnavailable("down")
-        return [key for key in self.keys if kid in (None, key.kid) and algorithm in key.algorithms]
 
 
 @pytest.fixture
@@ -61,26 +41,6 @@ def revocations(clock) -> Revocations:
 def verifier(signer, keys, clock, revocations) -> TokenVerifier:
     trusted = TrustedIssuer(signer.issuer, "weft", ALGORITHMS, keys)
     return TokenVerifier([trusted], revocations=revocations, clock=clock)
-
-
-async def refusal(verifier: TokenVerifier, token: str) -> AuthProblem:
-    with pytest.raises(AuthProblem) as caught:
-        await verifier.verify(token)
-    return caught.value
-
-
-def b64(content: bytes | dict[str, Any]) -> str:
-    content = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return base64.urlsafe_b64encode(content).rstrip(b"=").decode()
-
-
-def signed(signer, header: bytes | dict[str, Any], payload: bytes | dict[str, Any], kid: str = "es") -> str:
-    """A token signed by `kid` over exactly these parts, however odd they are."""
-    from jwt.algorithms import get_default_algorithms
-
-    algorithm, key = signer.keys[kid]
-    message = f"{b64(header)}.{b64(payload)}"
-    return f"{message}.{b64(get_default_algorithms()[algorithm].sign(message.encode(), key))}"
 
 
 async def test_a_token_of_each_pinned_algorithm_is_believed(signer, keys, verifier):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import os
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -17,6 +19,7 @@ from edge.jwks import (
     JWKS_BYTES_MAX,
     STALE_S_MAX,
     UNKNOWN_KID_COOLDOWN_S,
+    UNKNOWN_KIDS_MAX,
     FileSource,
     IssuerKeys,
     KeysUnavailable,
@@ -54,15 +57,18 @@ class Script:
     def __init__(self, document: bytes | Exception) -> None:
         self.document = document
         self.reads = 0
+        self.answers_as_of_asking = False
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def read(self) -> bytes:
         self.reads += 1
+        began = self.document
         await self.gate.wait()
-        if isinstance(self.document, Exception):
-            raise self.document
-        return self.document
+        document = began if self.answers_as_of_asking else self.document
+        if isinstance(document, Exception):
+            raise document
+        return document
 
 
 @pytest.fixture
@@ -110,6 +116,127 @@ async def test_unknown_kids_cost_one_fetch_per_cooldown(keys, source, clock):
     clock.step(UNKNOWN_KID_COOLDOWN_S)
     assert not await keys.find("made-up", "ES256")
     assert source.reads == 3
+
+
+async def test_a_kid_that_stays_unknown_is_asked_after_less_and_less(keys, source, clock):
+    await keys.find("es", "ES256")
+    asked = []
+    for second in range(1000):
+        before = source.reads
+        assert not await keys.find("long-gone", "ES256")
+        if source.reads > before:
+            asked.append(second)
+        clock.step(1)
+    assert asked == [0, 30, 90, 210, 450, 750]
+
+
+async def test_an_old_kid_shown_for_ever_leaves_room_for_a_new_one(keys, source, clock, signer):
+    await keys.find("es", "ES256")
+    for _ in range(300):
+        assert not await keys.find("long-gone", "ES256")
+        clock.step(1)
+    add_key(signer, source, "new")
+    assert len(await keys.find("new", "ES256")) == 1
+
+
+async def test_one_rotation_may_follow_the_other_at_once(keys, source, signer):
+    await keys.find("es", "ES256")
+    for number in range(5):
+        add_key(signer, source, f"new-{number}")
+        assert len(await keys.find(f"new-{number}", "ES256")) == 1
+
+
+async def test_a_new_set_is_asked_after_a_kid_again(keys, source, clock, signer):
+    await keys.find("es", "ES256")
+    for _ in range(120):
+        assert not await keys.find("late", "ES256")
+        clock.step(1)
+    add_key(signer, source, "other")
+    await keys.refresh()
+    add_key(signer, source, "late")
+    assert len(await keys.find("late", "ES256")) == 1
+
+
+async def test_unknown_kids_are_remembered_within_bounds(keys, source, clock):
+    await keys.find("es", "ES256")
+    for number in range(UNKNOWN_KIDS_MAX + 50):
+        await keys.find(f"{number}-{'x' * (number % 7000)}", "ES256")
+        clock.step(UNKNOWN_KID_COOLDOWN_S)
+    assert 0 < keys.statistics().unknown_kids <= UNKNOWN_KIDS_MAX
+
+
+async def test_an_answer_that_was_under_way_before_the_kid_was_published_is_not_the_last_word(keys, source, signer):
+    await keys.find("es", "ES256")
+    source.gate.clear()
+    source.answers_as_of_asking = True
+    refreshing = asyncio.create_task(keys.refresh())
+    await settle()
+    add_key(signer, source, "new")
+    asking = asyncio.create_task(keys.find("new", "ES256"))
+    await settle()
+    source.gate.set()
+    await refreshing
+    assert len(await asking) == 1
+
+
+async def test_while_keys_are_fetched_the_old_ones_answer_without_waiting(keys, source, signer):
+    await keys.find("es", "ES256")
+    source.gate.clear()
+    refreshing = asyncio.create_task(keys.refresh())
+    await settle()
+    before = source.reads
+    async with asyncio.timeout(0):
+        assert len(await keys.find("es", "ES256")) == 1
+    assert (source.reads, refreshing.done()) == (before, False)
+    source.gate.set()
+    await refreshing
+
+
+async def test_refreshes_are_spread_so_that_edges_do_not_come_together(source, clock):
+    for seed in range(5):
+        keys = IssuerKeys(source, ALGORITHMS, clock=clock, rng=Random(seed))
+        running = asyncio.create_task(keys.run())
+        await settle()
+        moments = []
+        for _ in range(1500):
+            before = source.reads
+            await clock.advance(1)
+            if source.reads > before:
+                moments.append(clock.monotonic())
+        waits = [round(later - earlier) for earlier, later in pairwise(moments)]
+        assert all(239 <= wait <= 301 for wait in waits) and len(set(waits)) > 1
+        running.cancel()
+
+
+async def test_an_error_nobody_foresaw_does_not_end_the_refreshing(keys, source, clock):
+    running = asyncio.create_task(keys.run())
+    await settle()
+    good, source.document = source.document, RuntimeError("a bug")
+    await clock.advance(600)
+    assert keys.statistics().last_error == "a bug"
+    assert len(await keys.find("es", "ES256")) == 1
+    source.document = good
+    await clock.advance(60)
+    assert keys.statistics().last_error is None
+    assert not running.done()
+    running.cancel()
+
+
+async def test_an_unknown_kid_during_an_outage_is_refused_and_the_outage_not_asked_about_more(keys, source, clock):
+    await keys.find("es", "ES256")
+    source.document = JwksError("down")
+    for number in range(100):
+        assert not await keys.find(f"made-up-{number}", "ES256")
+    assert source.reads == 2
+    assert len(await keys.find("es", "ES256")) == 1
+
+
+async def test_an_empty_set_is_believed(keys, source, clock):
+    """Who withdraws every key means it; what broke down answers something else than a key set."""
+    await keys.find("es", "ES256")
+    source.document = b'{"keys":[]}'
+    await keys.refresh()
+    assert not await keys.find("es", "ES256")
 
 
 async def test_all_who_wait_for_a_new_kid_share_one_fetch(keys, source, signer):
@@ -221,9 +348,12 @@ class Provider:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.answer = lambda: web.Response(body=b'{"keys":[]}')
+        self.handle_instead = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.asked.append(request.path)
+        if self.handle_instead is not None:
+            return await self.handle_instead(request)
         answer = self.answer()
         return await answer if asyncio.iscoroutine(answer) else answer
 
@@ -263,6 +393,25 @@ async def test_a_provider_that_hangs_is_given_up(provider):
 
     provider.answer = hang
     with pytest.raises(JwksError, match="no answer within"):
+        await provider.source.read()
+
+
+async def test_a_provider_that_drops_the_connection_is_an_error_of_ours(provider):
+    async def drop(request: web.Request) -> web.StreamResponse:
+        request.transport.abort()
+        await asyncio.sleep(0)
+        return web.Response()
+
+    provider.handle_instead = drop
+    with pytest.raises(JwksError):
+        await provider.source.read()
+
+
+async def test_an_answer_in_a_coding_is_refused(provider):
+    """A kilobyte of it may be a gigabyte of nothing."""
+    bomb = gzip.compress(b" " * JWKS_BYTES_MAX)
+    provider.answer = lambda: web.Response(body=bomb, headers={"Content-Encoding": "gzip"})
+    with pytest.raises(JwksError, match="coding"):
         await provider.source.read()
 
 
