@@ -1,9 +1,9 @@
 """The edge: composes its parts and takes every request through one order.
 
 Promise: limits, then what the path may mean, then who asks, then the route; spoofed identity goes on for nobody, and to
-the region only what the edge itself signed. Own answers are health, metrics, `/api/auth/verify` and cached listings;
-everything else is passed through. Without a region, an issuer or a peer key it is a plain proxy. Left to others: each
-part's own promise, the process around it (`cli.py`, `infra/server.py`).
+the region only what the edge itself signed. Own answers are health, metrics, `/api/auth/verify`, and listings and
+threads that are kept coherent; everything else is passed through. Without a region, an issuer or a peer key it is a
+plain proxy. Left to others: each part's own promise, the process around it (`cli.py`, `infra/server.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from random import Random
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiohttp.http import SERVER_SOFTWARE
@@ -24,18 +24,10 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from edge.auth import REALM, AuthProblem, TokenVerifier, TrustedIssuer, VerifiedToken
 from edge.balancer import Balancer
 from edge.cache import HttpCache
+from edge.coherent import ENTRY_BYTES_MAX, Ask, Coherent, Fetched
 from edge.feed import Feed
-from edge.headers import (
-    CACHE_STATUS,
-    MIN_POSITION_HEADER,
-    POSITION_HEADER,
-    for_client,
-    for_fill,
-    for_origin,
-    position_of,
-)
+from edge.headers import CACHE_STATUS, POSITION_HEADER, for_client, for_fill, for_origin, position_of
 from edge.jwks import FileSource, IssuerKeys, UrlSource
-from edge.listing import ENTRY_BYTES_MAX, PATHS, Ask, Fetched, Listings
 from edge.paths import Access, PathRules
 from edge.proxy import (
     SAFE_METHODS,
@@ -49,6 +41,7 @@ from edge.proxy import (
     target_of,
 )
 from edge.revocation import Revocations
+from edge.threads import THREADS_PATH, ask_of, freshness_of, kind_of, thread_of
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IdentityError, IdentitySigner, IdentityVerifier, Principal, load_peer_key
 from infra.metrics import Metrics
@@ -58,7 +51,6 @@ from infra.settings import IssuerSettings, Settings, SettingsError
 from infra.trace import trace_middleware
 
 VERIFY_PATH: Final = "/api/auth/verify"
-THREADS_PATH: Final = "/api/threads"
 MODEL_TIMEOUT_S: Final = 600.0
 """How long a model may think before its first byte."""
 
@@ -83,7 +75,6 @@ TEMPLATES: Final = (
     "/{other:.*}",
 )
 _NO_METHODS: Final = frozenset({"CONNECT", "TRACE"})
-_NOT_THREADS: Final = frozenset({"list", "search", "events"})
 
 log = logging.getLogger(__name__)
 
@@ -139,21 +130,21 @@ class Edge:
         )
         self._signer: IdentitySigner | None = None
         self.feed: Feed | None = None
-        self.listings: Listings | None = None
+        self.coherent: Coherent | None = None
         if settings.region:
             key = load_peer_key(settings.sync.peer_key_file)
             name = f"edge:{settings.region}"
             self._signer = IdentitySigner(key, name, clock)
             server = IdentityVerifier(key.public_key(), name, clock)
             self.feed = Feed(settings.region, origins, self._session, self._signer, server, clock=clock, rng=rng)
-            self.listings = Listings(
+            self.coherent = Coherent(
                 self.feed,
                 self.metrics,
-                ttl_s=edge.listing_ttl_s,
-                size_bytes_max=edge.listing_bytes_max,
+                ttl_s=edge.coherent_ttl_s,
+                size_bytes_max=edge.coherent_bytes_max,
                 clock=clock,
             )
-            self.feed.listen(self.listings)
+            self.feed.listen(self.coherent)
         self._add_checks()
         self._add_gauges()
 
@@ -179,11 +170,13 @@ class Edge:
         verified = await self._authenticate(request)
         if path == VERIFY_PATH:
             return _claims_response(request, verified)
-        if self.listings is not None:
-            if path in PATHS and request.method in ("GET", "HEAD"):
-                return await self._listing(self.listings, request, path, verified.principal)
-            if path.startswith(THREADS_PATH) and request.method not in SAFE_METHODS:
-                return await self._write(self.listings, request, path, verified.principal)
+        if self.coherent is not None and path.startswith(THREADS_PATH):
+            if request.method in ("GET", "HEAD") and (kind := kind_of(path)) is not None:
+                query = target_of(request).partition("?")[2]
+                ask = ask_of(request, kind, verified.principal, path, query, self.coherent.incarnation)
+                return await self._read(self.coherent, request, ask, verified.principal)
+            if request.method not in SAFE_METHODS:
+                return await self._write(self.coherent, request, path, verified.principal)
         timeout_s = MODEL_TIMEOUT_S if path.startswith("/v1/") else None
         return await self._pass(request, verified.principal, headers_timeout_s=timeout_s)
 
@@ -270,26 +263,21 @@ class Edge:
             headers_timeout_s=headers_timeout_s,
         )
 
-    async def _listing(
-        self, listings: Listings, request: web.Request, path: str, principal: Principal
+    async def _read(
+        self, coherent: Coherent, request: web.Request, ask: Ask | None, principal: Principal
     ) -> web.StreamResponse:
-        target = target_of(request)
-        query = target.partition("?")[2]
-        wants = _directives(request)
-        # Of another region's feed, or of none, only our region can judge.
-        seen = request.headers.getall(MIN_POSITION_HEADER, [])
-        least = position_of(seen[0]) if len(seen) == 1 else None
-        foreign = bool(seen) and (least is None or least[0] != listings.incarnation)
-        if foreign or "no-store" in wants or "consistency=" in query or "X-Sync-Min-Version" in request.headers:
+        if ask is None:
             return await self._pass(request, principal, cache_status="weft; fwd=request")
 
         async def fetch() -> Fetched:
-            headers = for_fill(identity=self._identity(principal), min_position=seen[0] if seen else "")
+            headers = for_fill(identity=self._identity(principal), freshness=freshness_of(request))
             body = bytearray()
             try:
-                async with self._upstream.exchange("GET", target, headers) as answer:
+                async with self._upstream.exchange("GET", target_of(request), headers) as answer:
                     self._check_believed(answer.status)
                     passed = for_client(answer.headers)
+                    if (answer.content_length or 0) > ENTRY_BYTES_MAX:
+                        return Fetched(answer.status, passed, None)
                     while chunk := await self._upstream.read(answer):
                         body += chunk
                         if len(body) > ENTRY_BYTES_MAX:
@@ -298,37 +286,29 @@ class Edge:
             except OriginBroken as exc:
                 raise broken_off("GET") from exc
 
-        ask = Ask(
-            principal=principal,
-            path=path,
-            query=query,
-            refresh=bool({"no-cache", "max-age=0"} & wants),
-            min_position=least[1] if least is not None else 0,
-            if_none_match=",".join(request.headers.getall("If-None-Match", ())),
-        )
-        answer = await listings.answer(ask, fetch)
+        answer = await coherent.answer(ask, fetch)
         if isinstance(answer, str):
             return await self._pass(request, principal, cache_status=answer)
         return answer
 
     async def _write(
-        self, listings: Listings, request: web.Request, path: str, principal: Principal
+        self, coherent: Coherent, request: web.Request, path: str, principal: Principal
     ) -> web.StreamResponse:
-        thread_id = _thread_id(path)
+        thread_id = thread_of(path)
         answered = False
 
         def on_answer(status: int, headers: CIMultiDictProxy[str]) -> None:
-            # Before the client hears of it: its next listing must show what it wrote.
+            # Before the client hears of it: what it reads next must show what it wrote.
             nonlocal answered
             answered = True
             if not 400 <= status < 500:
-                listings.wrote(principal, thread_id, position_of(headers.get(POSITION_HEADER, "")))
+                coherent.wrote(principal, thread_id, position_of(headers.get(POSITION_HEADER, "")))
 
         try:
             return await self._pass(request, principal, on_answer=on_answer)
         finally:
             if not answered:
-                listings.wrote(principal, thread_id, None)
+                coherent.wrote(principal, thread_id, None)
 
     def _identity(self, principal: Principal) -> str | None:
         if self._signer is None:
@@ -395,9 +375,9 @@ class Edge:
             "How often there were too many, and everything issued until then was refused instead.",
             callback=lambda: revocations.statistics().folds,
         )
-        if self.feed is None or self.listings is None:
+        if self.feed is None or self.coherent is None:
             return
-        feed, listings = self.feed, self.listings
+        feed, coherent = self.feed, self.coherent
         metrics.gauge("edge_feed_live", "1 while the region's feed can be relied on.", callback=feed.live)
         metrics.gauge("edge_feed_position", "Changes up to here were applied.", callback=lambda: feed.position)
         metrics.gauge(
@@ -405,8 +385,10 @@ class Edge:
             "Since the feed's last line.",
             callback=lambda: silent if (silent := feed.statistics().silent_s) is not None else float("inf"),
         )
-        metrics.gauge("edge_listing_entries", "Listings held.", callback=lambda: listings.statistics().items)
-        metrics.gauge("edge_listing_bytes", "What they weigh.", callback=lambda: listings.statistics().size_bytes)
+        metrics.gauge(
+            "edge_coherent_entries", "Listings and threads held.", callback=lambda: coherent.statistics().items
+        )
+        metrics.gauge("edge_coherent_bytes", "What they weigh.", callback=lambda: coherent.statistics().size_bytes)
 
 
 EDGE: Final = web.AppKey("edge", Edge)
@@ -462,17 +444,6 @@ def _claims_response(request: web.Request, verified: VerifiedToken) -> web.Respo
 
 def _expects_continue(request: web.Request) -> bool:
     return request.headers.get("Expect", "").lower() == "100-continue"
-
-
-def _directives(request: web.Request) -> frozenset[str]:
-    """The request's cache directives, lower case; `Pragma: no-cache` where there are none (RFC 9111 §5.4)."""
-    fields = request.headers.getall("Cache-Control", None) or request.headers.getall("Pragma", [])
-    return frozenset(part.strip().lower() for value in fields for part in value.split(","))
-
-
-def _thread_id(path: str) -> str | None:
-    name = unquote(path.removeprefix(THREADS_PATH).strip("/").partition("/")[0])
-    return name if name and name not in _NOT_THREADS else None
 
 
 def _background(name: str, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -7,6 +7,7 @@ a client. Left to others: the values of identity (`infra/identity.py`) and the b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Final, TypeAlias
 
@@ -20,6 +21,10 @@ POSITION_HEADER: Final = "X-Sync-Position"
 """Of a region's answer: the feed position that includes it, `incarnation:number`."""
 MIN_POSITION_HEADER: Final = "X-Sync-Min-Position"
 """Of a client's request for a listing: the answer may be no older than this position."""
+VERSION_HEADER: Final = "X-Sync-Version"
+"""Of a region's answer: the thread's version, `epoch.v`."""
+MIN_VERSION_HEADER: Final = "X-Sync-Min-Version"
+"""Of a client's request for a thread: the answer may be from no earlier than this version."""
 CACHE_STATUS: Final = "Cache-Status"
 VIA: Final = "1.1 weft"
 
@@ -46,6 +51,7 @@ _REWRITTEN: Final = frozenset(
 _SPOOFABLE: Final = frozenset({"remote-email", "remote-groups", "remote-name", "remote-user"})
 _ANSWERED: Final = POSITION_HEADER.lower()
 """Means something in an answer, and is nothing that a client could state."""
+_VERSION: Final = re.compile(r"([0-9]{1,15})\.([0-9]{1,15})")
 _SPOOFABLE_PREFIXES: Final = ("x-weft-", "x-auth-request-", "x-remote-")
 _FOR_CACHES: Final = frozenset({"surrogate-key", "cache-tag", "weft-cdn-cache-control"})
 """What an origin says to this cache and to nobody behind it."""
@@ -63,6 +69,12 @@ def position_of(text: str) -> tuple[str, int] | None:
     if not incarnation or not (number.isascii() and number.isdigit() and len(number) <= 18):
         return None
     return incarnation, int(number)
+
+
+def version_of(text: str) -> tuple[int, int] | None:
+    """(epoch, v) of a version as it stands in a header; None when it is none."""
+    match = _VERSION.fullmatch(text)
+    return (int(match[1]), int(match[2])) if match is not None else None
 
 
 def for_origin(request: web.BaseRequest, *, identity: str | None, keep_authorization: bool = False) -> CIMultiDict[str]:
@@ -91,11 +103,11 @@ def for_origin(request: web.BaseRequest, *, identity: str | None, keep_authoriza
     return headers
 
 
-def for_fill(*, identity: str | None, min_position: str = "") -> CIMultiDict[str]:
-    """The headers of a request that the edge makes for its own cache, on behalf of whoever `identity` names."""
+def for_fill(*, identity: str | None, freshness: CIMultiDict[str]) -> CIMultiDict[str]:
+    """The headers of a request that the edge makes for its own cache, on behalf of whoever `identity` names;
+    `freshness` is what the client says it has seen."""
     headers: CIMultiDict[str] = CIMultiDict({"Accept": "application/json", "Via": VIA})
-    if min_position:
-        headers[MIN_POSITION_HEADER] = min_position
+    headers.extend(freshness)
     _describe(headers, identity)
     return headers
 

@@ -10,7 +10,7 @@ here reads a clock or starts a task.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -50,10 +50,18 @@ class _Entry(Generic[V]):
 class ByteLRU(Generic[K, V]):
     """At most `size_bytes_max` bytes in at most `items_max` entries, each of at most `item_bytes_max`.
 
-    `item_bytes_max` is an eighth of the whole by default, so that no single put can empty the cache.
+    `item_bytes_max` is an eighth of the whole by default, so that no single put can empty the cache. `on_remove` is
+    told of every value that is held no longer, whatever took it out.
     """
 
-    def __init__(self, *, size_bytes_max: int, items_max: int, item_bytes_max: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        size_bytes_max: int,
+        items_max: int,
+        item_bytes_max: int | None = None,
+        on_remove: Callable[[V], None] | None = None,
+    ) -> None:
         if size_bytes_max < 1 or items_max < 1 or (item_bytes_max is not None and item_bytes_max < 1):
             raise ValueError("a cache needs limits of at least one byte and one item")
         self._size_bytes_max = size_bytes_max
@@ -61,6 +69,7 @@ class ByteLRU(Generic[K, V]):
         self._item_bytes_max = (
             max(1, size_bytes_max // 8) if item_bytes_max is None else min(item_bytes_max, size_bytes_max)
         )
+        self._on_remove = on_remove
         self._entries: OrderedDict[K, _Entry[V]] = OrderedDict()
         self._keys_of_tag: dict[str, set[K]] = {}
         self._size_bytes = 0
@@ -120,6 +129,9 @@ class ByteLRU(Generic[K, V]):
         return dropped
 
     def clear(self) -> None:
+        if self._on_remove is not None:
+            for entry in self._entries.values():
+                self._on_remove(entry.value)
         self._entries.clear()
         self._keys_of_tag.clear()
         self._size_bytes = 0
@@ -156,6 +168,8 @@ class ByteLRU(Generic[K, V]):
                 keys.discard(key)
                 if not keys:
                     del self._keys_of_tag[tag]
+        if self._on_remove is not None:
+            self._on_remove(entry.value)
         return entry
 
 

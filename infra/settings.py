@@ -184,8 +184,8 @@ class EdgeSettings(Struct, frozen=True):
     workers: Processes = 1
     public: tuple[PublicPrefix, ...] = ()
     assets: Path | None = None
-    listing_ttl_s: SecondsOrNone = 5.0
-    listing_bytes_max: Bytes = 64 * 1024 * 1024
+    coherent_ttl_s: SecondsOrNone = 5.0
+    coherent_bytes_max: Bytes = 64 * 1024 * 1024
     cache_bytes_max: Bytes = 256 * 1024 * 1024
     cache_entry_bytes_max: Bytes = 8 * 1024 * 1024
     """A larger answer is passed through and not kept."""

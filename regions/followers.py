@@ -2,7 +2,7 @@
 
 Promise: once `dropped(position)` returned, no edge of this region serves anything from memory that the change
 at `position` made stale: each has confirmed that it dropped it, or may not serve from memory any more. It
-returns within one lease, whatever became of the edges. Left to others: what an edge drops (`edge.listing`),
+returns within one lease, whatever became of the edges. Left to others: what an edge drops (`edge.coherent`),
 and how it counts its side (`edge.feed`). Source: PROTOCOL section 6; Gray and Cheriton, Leases (1989).
 
 An edge confirms the position it has dropped up to, and is granted a lease in the answer. Its clock and ours

@@ -119,6 +119,9 @@ async def open_node(
             replicator.committed(operations, outcomes)
             healing.committed(operations, outcomes)
             feed.notify()
+            if any(isinstance(operation, replication.AdoptGroup | replication.Win) for operation in operations):
+                # Who orders a group is no change of a thread, and those who follow look at it with each line.
+                feed.beat(feed.position)
 
         def doubted(operations: Sequence[replication.Operation]) -> None:
             membership.look_again()

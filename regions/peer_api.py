@@ -30,7 +30,7 @@ from infra.pool import PoolStatistics
 from infra.problem import Problem, problem_response
 from infra.server import Lifecycle
 from infra.trace import current_trace_id
-from origin.feed import feed_line
+from origin.feed import Hello, feed_line
 from origin.store import replication
 from origin.store.base import StoreError
 from regions.failover import PromotionFailed
@@ -335,10 +335,19 @@ class PeerApi:
         follower = self._feed.follow(int(after) if after else None, request.query.get("incarnation"))
         with known:
             async with aclosing(follower) as items:
+                holders = self._holders()
                 async for item in items:
                     line = feed_line(item, region=self._topology.region, incarnation=self._log.incarnation)
                     await response.write(line)
+                    if holders != (holders := self._holders()):
+                        # What edges keep names the region that orders each thread, and no thread changed by this.
+                        moved = Hello(item.position, reset=True)
+                        line = feed_line(moved, region=self._topology.region, incarnation=self._log.incarnation)
+                        await response.write(line)
         return response
+
+    def _holders(self) -> dict[str, str]:
+        return {group.group: group.holder for group in self._log.groups.values()}
 
     async def _confirm(self, request: web.Request) -> web.Response:
         """An edge has dropped what changes up to a position made stale: it may go on serving from memory."""

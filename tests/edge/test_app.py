@@ -177,7 +177,7 @@ async def test_health_and_metrics_are_the_edges_own(edge, region):
     ready = await edge.get("/readyz", token="")
     assert (ready.status, json.loads(await ready.read())) == (200, {"ready": True, "checks": {"region": "ok"}})
     text = await (await edge.get("/metrics", token="")).text()
-    for name in ("edge_feed_live 1.0", "edge_feed_position 0.0", "edge_listing_entries", 'edge_keys{issuer="'):
+    for name in ("edge_feed_live 1.0", "edge_feed_position 0.0", "edge_coherent_entries", 'edge_keys{issuer="'):
         assert name in text
     assert not region.seen
 

@@ -179,3 +179,22 @@ def test_marks_remember_the_highest_and_forget_into_a_floor():
     assert (marks.get("a"), marks.get("b"), marks.get("z")) == (5, 6, 5)
     marks.clear()
     assert marks.get("a") == 0
+
+
+def test_every_value_that_is_held_no_longer_is_told_of_once() -> None:
+    gone: list[str] = []
+    lru: ByteLRU[str, str] = ByteLRU(size_bytes_max=100, items_max=3, item_bytes_max=100, on_remove=gone.append)
+    for value in ("replaced", "a"):
+        lru.put("a", value, 1)
+    lru.put("expired", "expired", 1, expires_at=1.0)
+    lru.get("expired", now=1.0)
+    lru.put("tagged", "tagged", 1, tags=("t",))
+    lru.drop_tag("t")
+    lru.put("popped", "popped", 1)
+    lru.pop("popped")
+    for value in ("b", "c", "d"):
+        lru.put(value, value, 1)
+    assert gone == ["replaced", "expired", "tagged", "popped", "a"]
+    lru.put("c", "too heavy", 101)
+    lru.clear()
+    assert gone[5:] == ["c", "b", "d"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from infra.identity import (
     write_peer_key,
 )
 from infra.server import Lifecycle
+from origin.store.replication import GroupRow
 from regions.app import open_region, region_app
 from regions.peer_client import HttpPeers, PeerRefused, PeerUnreachable
 from regions.peer_wire import DIGEST_HEADER, Hello, HelloAnswer, content_digest
@@ -265,3 +267,20 @@ async def test_only_an_edge_that_follows_may_confirm_and_is_granted_a_lease(regi
         assert (await confirm("edge:eu-west", said))[0] == 409, "another's name"
         for bad in ({}, {"follower": "a"}, {"follower": "a", "position": "0"}, []):
             assert (await confirm("edge:us-east", bad))[0] == 400
+
+
+async def test_those_who_follow_forget_all_when_a_group_moves(
+    region: Client, signer: IdentitySigner, tmp_path: Path
+) -> None:
+    """Every thread and listing that an edge keeps says who orders it, and the move is no change of a thread."""
+    edge = IdentitySigner(write_peer_key(tmp_path / "peer.key"), "edge:us-east")
+    headers = {IDENTITY_HEADER: edge.service_token("region:us-east")}
+    async with region.get("/peer/feed", headers=headers) as feed:
+        assert b'"hello"' in await feed.content.readline()
+        moved = hello(groups=(GroupRow(group="us-east", epoch=1_001, holder="eu-west", promised=1_001),))
+        assert (await knock(region, signer.service_token("region:us-east"), moved))[0] == 200
+        async with asyncio.timeout(10):
+            while b'"hello"' not in (line := await feed.content.readline()):
+                assert b'"heartbeat"' in line
+        assert msgspec.json.decode(line)["reset"] is True
+        assert b'"heartbeat"' in await feed.content.readline(), "and once only"
