@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 import msgspec
 
@@ -53,6 +53,9 @@ from origin.thread import (
     entry_is_sound,
     fold,
 )
+
+ACCESS_KEPT_MAX: Final = 32
+"""Of a thread whose entries can't be applied: so many narrowings in a row are remembered one by one."""
 
 
 class LogView(Protocol):
@@ -503,7 +506,7 @@ def access_change(row: Row, newest_first: Iterable[Entry]) -> Access | None:
         if entry.kind == "delete" or (
             entry.kind == "patch" and msgspec.json.decode(entry.body, type=PatchBody).visibility is not msgspec.UNSET
         ):
-            return Access(row.deleted, row.visibility, entry.seq, entry)
+            return Access(row.deleted, row.visibility, entry.seq, entry, row.group)
     return None
 
 
@@ -520,6 +523,32 @@ def outranks(known: Access, other: Access) -> bool:
     """True when `known` shows a thread to fewer people than `other` would, or to as many by a later entry."""
     ranks = [(not access.deleted, OPENNESS[access.visibility]) for access in (known, other)]
     return ranks[0] < ranks[1] or (ranks[0] == ranks[1] and known.seq >= other.seq)
+
+
+def strictest(records: Sequence[Access]) -> Access | None:
+    """The record by which the fewest may read."""
+    found: Access | None = None
+    for record in records:
+        if found is None or not outranks(found, record):
+            found = record
+    return found
+
+
+def with_access(known: tuple[Access, ...], record: Access) -> tuple[Access, ...]:
+    """The records held of a thread when another one has come.
+
+    A looser one is kept beside a stricter: its entry may come later in the log than the other's, and undo a share
+    between the two. Forgotten here, it would be lost with the disk of the holder that took it. Behind a deletion
+    there is nothing left to undo.
+    """
+    if any(it.deleted or it.entry.id == record.entry.id for it in known):
+        return known
+    if record.deleted:
+        return (record,)
+    records = sorted((*known, record), key=lambda it: (it.entry.epoch, it.seq))
+    if len(records) > ACCESS_KEPT_MAX:
+        records.remove(next(it for it in records if it is not strictest(records)))
+    return tuple(records)
 
 
 def tail_access(row: Row, tail: Sequence[Entry]) -> Access | None:

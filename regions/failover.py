@@ -266,7 +266,9 @@ class Failover:
 
     async def hand_over(self, message: Handover) -> Acknowledged:
         """Bring the one that is to take over up to date while writing goes on; the promise then stops it."""
-        row = self._log.groups[message.group]
+        row = self._log.groups.get(message.group)
+        if row is None:
+            raise Unavailable(f"no region of this cluster is called {message.group!r}")
         if not self._log.is_holder(message.group):
             raise base.NotHolder(row)
         if message.region == self._topology.region:

@@ -29,6 +29,8 @@ from regions.options import config_option, data_option, json_option
 CHANGE_SECONDS_MAX: Final = 60.0
 PROMOTE_SECONDS_MAX: Final = 60.0
 RETRY_S: Final = 0.5
+_FINAL: Final = ("is a member already", "is not a member", "can't be removed", "weft regions remove")
+"""What says that asking again changes nothing: an operator has to do something first."""
 VOTE_SECONDS: Final = 600.0
 
 _logger = logging.getLogger(__name__)
@@ -92,20 +94,25 @@ def add_command(name: str, url: str, wait: bool, data: Path, config: Path | None
 
 @regions_command.command("remove")
 @click.argument("name")
+@click.option("--force", is_flag=True, help="It does not answer, and what only it has is given up.")
+@click.option("--yes", is_flag=True, help="Do not ask before --force.")
 @data_option
 @config_option
 @json_option
-def remove_command(name: str, data: Path, config: Path | None, as_json: bool) -> None:
-    """Take the region NAME out: what it holds goes to another region first. Its server can be stopped then.
+def remove_command(name: str, force: bool, yes: bool, data: Path, config: Path | None, as_json: bool) -> None:
+    """Take the region NAME out: what it holds, and what it saved from failovers, goes to the others first.
 
-    Exit status: 0, 1 when it was refused.
+    Its server can be stopped then. One that was added and never came is taken out as it is; one that came and does not
+    answer only with --force. Exit status: 0, 1 when it was refused or not confirmed.
 
     Example: weft regions remove ap-south
     """
+    if force and not yes:
+        _confirm(name)
 
     async def remove(operator: Operator) -> dict[str, Any]:
         await _drain(operator, name)
-        await change(operator, {"remove": name})
+        await change(operator, {"remove": name, "force": force})
         return _newest(await operator.look())
 
     _show(_run(DataFolder(data), config, remove), as_json, f"region {name} was removed")
@@ -114,7 +121,21 @@ def remove_command(name: str, data: Path, config: Path | None, as_json: bool) ->
 # ---------------------------------------------------------------- doing it
 
 
-async def change(operator: Operator, asked: dict[str, str]) -> None:
+def _confirm(name: str) -> None:
+    click.echo(
+        f"What only region {name} stored, acknowledged at `region` or saved from a failover, is lost with it: if it "
+        "still answers, take it out without --force.",
+        err=True,
+    )
+    try:
+        agreed = click.confirm(f"Take region {name} out all the same?", err=True)
+    except click.Abort:
+        agreed = False
+    if not agreed:
+        fail("not confirmed; nothing was done")
+
+
+async def change(operator: Operator, asked: dict[str, str | bool]) -> None:
     """Have the first group's holder make a change; again while the one before is still being settled.
 
     Raises RegionFault with the last reason.
@@ -127,7 +148,7 @@ async def change(operator: Operator, asked: dict[str, str]) -> None:
             await operator.post(place, "/peer/members", asked, Record, seconds_max=CHANGE_SECONDS_MAX)
             return
         except RegionFault as error:
-            settled = any(word in str(error) for word in ("is a member already", "is not a member", "can't be removed"))
+            settled = any(word in str(error) for word in _FINAL)
             if settled or clock.monotonic() >= deadline:
                 raise
         await clock.sleep(RETRY_S)

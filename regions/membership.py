@@ -28,7 +28,7 @@ from origin.store.replication import (
 from regions.adoption import Submit
 from regions.failover import Failover, PromotionFailed
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
-from regions.peer_wire import Acknowledged, AskSettled, SettledAnswer, TakeRecord
+from regions.peer_wire import Acknowledged, AskKept, AskSettled, KeptAnswer, SettledAnswer, TakeRecord
 from regions.repair import Repair
 from regions.replicator import Replicator
 from regions.topology import Topology, marks_of
@@ -37,6 +37,7 @@ CHECK_S: Final = 0.5
 SETTLE_S: Final = 5.0
 CALL_SECONDS_MAX: Final = 5.0
 COMMIT_SECONDS_MAX: Final = 15.0
+GIVE_UP: Final = "start it, or give up what only it has: weft regions remove --force"
 
 _logger = logging.getLogger(__name__)
 
@@ -75,8 +76,13 @@ class Membership:
         """The record that this region, as the first group's holder, saw a majority keep."""
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self.waits_for = ""
-        """Why a learner does not vote yet, for operators."""
+        self._waiting: dict[str, str] = {}
+        """Learner to why it does not vote yet."""
+
+    @property
+    def waits_for(self) -> str:
+        """Why learners do not vote yet, for operators."""
+        return "; ".join(f"region {name} does not vote yet: {reason}" for name, reason in self._waiting.items())
 
     async def start(self) -> None:
         if self._log.record is not None:
@@ -133,9 +139,11 @@ class Membership:
                 changed = (*members, Member(name, len(members), url, "learner"))
             return await self._change(before, changed)
 
-    async def remove(self, name: str) -> Record:
-        """Take `name` out; it may hold no group any more. Raises ChangeRefused."""
+    async def remove(self, name: str, *, force: bool = False) -> Record:
+        """Take `name` out; it may hold no group any more, and has to have brought back what only it keeps. `force`: it
+        does not answer and what only it has is given up. Raises ChangeRefused."""
         async with self._changing:
+            await self._take_over_from_nobody(name)
             before = await self._require_changeable()
             known = _find(before, name)
             if known is None or known.role == "removed":
@@ -145,9 +153,60 @@ class Membership:
                 raise ChangeRefused(f"region {name} holds {', '.join(held)}: promote another region for each first")
             if known.role == "voter" and len(self._topology.voters) == 1:
                 raise ChangeRefused("the last region can't be removed")
+            if not force and not self._never_came(name):
+                await self._require_handed_over(name)
             return await self._change(
                 before, tuple(_with(it, role="removed") if it.name == name else it for it in before.members)
             )
+
+    def _never_came(self, name: str) -> bool:
+        """Whether a learner was added whose server never started, as far as is known here."""
+        known = _find(self._topology.record, name)
+        return known is not None and known.role == "learner" and name not in self._log.peers
+
+    async def _take_over_from_nobody(self, name: str) -> None:
+        """The group of a learner that never came is held by nobody, and no change can be made before it is."""
+        row = self._log.groups.get(name)
+        if self._never_came(name) and row is not None and row.holder == name:
+            if not self._log.is_holder(self._topology.claims_group):
+                return  # who is asked in vain says whom to ask
+            try:
+                await self._failover.promote(name)
+            except PromotionFailed as error:
+                raise ChangeRefused(f"the group of region {name}, which never came: {error}") from error
+
+    async def _require_handed_over(self, name: str) -> None:
+        """What a region saved from logs that gave way, and what it may yet have to save, is lost with it: first every
+        holder brings it up to date, which cuts all that is to be cut, then all of that is back where it belongs."""
+        for holder in sorted({row.holder for row in self._log.groups.values()}):
+            message = AskSettled(**self._envelope(), seconds_max=SETTLE_S, too=name)
+            try:
+                if holder == self._topology.region:
+                    answer = await self.settled(message)
+                else:
+                    answer = await self._transport.call(
+                        holder, "/peer/settled", message, SettledAnswer, seconds_max=SETTLE_S * 3
+                    )
+            except (PeerUnreachable, PeerRefused, StoreError) as error:
+                raise ChangeRefused(f"region {holder} holds a group and can't be asked: {error}") from error
+            if answer.reason:
+                raise ChangeRefused(f"region {holder}: {answer.reason}")
+        try:
+            kept = await self._transport.call(
+                name, "/peer/kept", AskKept(**self._envelope()), KeptAnswer, seconds_max=CALL_SECONDS_MAX
+            )
+        except (PeerUnreachable, PeerRefused, StoreError) as error:
+            raise ChangeRefused(f"region {name} can't be asked what only it keeps: {error}; {GIVE_UP}") from error
+        if kept.saved or kept.access:
+            raise ChangeRefused(
+                f"region {name} has yet to bring back {kept.saved} saved entries and {kept.access} access records"
+            )
+
+    async def kept(self, _: AskKept) -> KeptAnswer:
+        """As a region that is to leave: what is saved here, and not back in its thread yet."""
+        held = await self._log.held_access()
+        saved = (await self._log.statistics()).saved
+        return KeptAnswer(saved=saved, access=sum(len(records) for records in held.values()))
 
     async def _require_changeable(self) -> Record:
         """The record that this region may change: the present one, settled everywhere."""
@@ -183,7 +242,11 @@ class Membership:
                         holder, "/peer/settled", message, SettledAnswer, seconds_max=SETTLE_S * 3
                     )
             except (PeerUnreachable, PeerRefused, StoreError) as error:
-                raise ChangeRefused(f"region {holder} holds a group and can't be asked: {error}") from error
+                known = _find(self._topology.record, holder)
+                hint = ""
+                if known is not None and known.role == "learner":
+                    hint = f"; start it, or take it out again: weft regions remove {holder}"
+                raise ChangeRefused(f"region {holder} holds a group and can't be asked: {error}{hint}") from error
             if answer.reason:
                 raise ChangeRefused(f"region {holder}: {answer.reason}")
             held |= set(answer.held)
@@ -198,6 +261,13 @@ class Membership:
         if self._log.unrecovered:
             return SettledAnswer(held=(), reason=f"{len(self._log.unrecovered)} threads are being recovered")
         held = tuple(sorted(group for group in self._log.groups if self._log.is_holder(group)))
+        if message.too and message.too != self._topology.region:
+            target = self._replicator.targets.get(message.too)
+            if target is None or not target.reachable:
+                return SettledAnswer(held=(), reason=f"region {message.too} does not answer; {GIVE_UP}")
+            caught_up = self._repair.is_caught_up(message.too)
+            if not caught_up or not await self._replicator.settle(message.too, message.seconds_max):
+                return SettledAnswer(held=(), reason=f"region {message.too} has yet to get everything")
         # In this order: what a comparison finds is owed, and so waited for.
         asked = [region for region in self._topology.voting_peers if self._repair.is_caught_up(region)]
         settling = [asyncio.create_task(self._settle(region, message.seconds_max)) for region in asked]
@@ -276,21 +346,25 @@ class Membership:
 
     async def _promote_learners(self) -> None:
         """As the first group's holder: let a learner vote once it has what every holder has."""
+        turn = -1
         while True:
             await self._clock.sleep(CHECK_S * self._rng.uniform(0.75, 1.25))
             learners = [member.name for member in self._topology.record.members if member.role == "learner"]
             if not learners or not self._log.is_holder(self._topology.claims_group):
-                self.waits_for = ""
+                self._waiting = {}
                 continue
-            name = learners[0]
+            self._waiting = {name: reason for name, reason in self._waiting.items() if name in learners}
+            # In turn: one that can't get everything must not keep those behind it from voting.
+            turn += 1
+            name = learners[turn % len(learners)]
             try:
                 async with self._changing:
                     await self._let_vote(name)
-                self.waits_for = ""
+                self._waiting.pop(name, None)
             except (ChangeRefused, PromotionFailed, PeerUnreachable, PeerRefused, StoreError) as error:
-                self.waits_for = f"region {name} does not vote yet: {error}"
+                self._waiting[name] = str(error)
             except Exception as error:
-                self.waits_for = f"region {name} does not vote yet: {type(error).__name__}: {error}"
+                self._waiting[name] = f"{type(error).__name__}: {error}"
                 _logger.exception("letting region %s vote failed oddly", name)
 
     async def _let_vote(self, name: str) -> None:

@@ -72,6 +72,7 @@ class MembersAsked(msgspec.Struct, frozen=True):
     add: str = ""
     url: str = ""
     remove: str = ""
+    force: bool = False
 
 
 class PeerApi:
@@ -241,7 +242,7 @@ class PeerApi:
         )
 
     async def _change_members(self, request: web.Request) -> web.Response:
-        """Add or remove one region: {"add", "url"} or {"remove"}; asked of the first group's holder."""
+        """Add or remove one region: {"add", "url"} or {"remove", "force"}; asked of the first group's holder."""
         caller = self._caller(request, "operator")
         asked = await _decoded(request, MembersAsked)
         membership = self._node.membership
@@ -249,7 +250,7 @@ class PeerApi:
             if asked.add and asked.url and not asked.remove:
                 record = await membership.add(asked.add, asked.url)
             elif asked.remove and not asked.add:
-                record = await membership.remove(asked.remove)
+                record = await membership.remove(asked.remove, force=asked.force)
             else:
                 raise Problem(400, "operator-message", "the body needs add and url, or remove")
         except (ChangeRefused, TopologyError) as error:

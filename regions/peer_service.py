@@ -30,6 +30,7 @@ from regions.peer_wire import (
     Acknowledged,
     AskDigests,
     AskHeads,
+    AskKept,
     AskPromise,
     AskSettled,
     ClaimAnswer,
@@ -111,6 +112,7 @@ class PeerService:
             "/peer/disown": (DisownThreads, self._disown),
             "/peer/submit-again": (SubmitAgain, self._submit_again),
             "/peer/settled": (AskSettled, membership.settled),
+            "/peer/kept": (AskKept, membership.kept),
         }
         self.handlers: dict[str, tuple[type[Envelope], Handler]] = {
             # A region with an outdated disk learns by these two that it is.

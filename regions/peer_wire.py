@@ -291,6 +291,8 @@ class AskSettled(Envelope, frozen=True, kw_only=True):
     """Is everything you hold quorum-durable under the record that I name (by `config_version`)?"""
 
     seconds_max: float
+    too: str = ""
+    """A region that has to have all of it as well."""
 
 
 class SettledAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -298,6 +300,15 @@ class SettledAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     held: tuple[str, ...]
     reason: str = ""
+
+
+class AskKept(Envelope, frozen=True, kw_only=True):
+    """You are to leave: what do you still keep that no log of the others has?"""
+
+
+class KeptAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    saved: int
+    access: int
 
 
 _ERRORS: Final[dict[str, type[StoreError]]] = {

@@ -9,15 +9,19 @@ PROTOCOL section 5.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
 
 from infra.clock import Clock
 from origin.store import base, replication
 from origin.store.base import StoreError
 from origin.store.replication import (
+    Access,
     Fate,
     ReplicaLog,
 )
@@ -28,14 +32,23 @@ from regions.peer_wire import SubmitAgain, SubmitAgainAnswer
 from regions.topology import Topology
 
 ENTRIES_AT_ONCE: Final = 200
+"""Saved entries of a round, the last thread's to its end; and threads with access records."""
 BYTES_AT_ONCE: Final = 4 * 1024 * 1024
 """Of a thread's entries in one request, or a single one: a tail larger than a message may be would never come back."""
+THREADS_AT_ONCE: Final = 8
 SWEEP_S: Final = 1.0
 CALL_SECONDS_MAX: Final = 15.0
 
 ResubmitHere = Callable[[replication.Resubmit], Awaitable[Sequence[tuple[str, Fate]]]]
 
 _logger = logging.getLogger(__name__)
+
+
+class _Round(msgspec.Struct):
+    """One round: how many threads at once, and holders that it could not get a message to."""
+
+    running: asyncio.Semaphore
+    unreached: set[str]
 
 
 class Tails:
@@ -59,12 +72,17 @@ class Tails:
         self._resubmit_here = resubmit_here
         self._clock = clock
         self._rng = rng
-        self._told: dict[str, tuple[str, int]] = {}
-        """Thread to the (access entry, epoch) that its holder has been told of."""
+        self._after = self._held_after = ""
+        """The threads behind which the next round of saved ones, and of access records, begins."""
+        self._told: dict[tuple[str, str], int] = {}
+        """(thread, access entry) to the epoch whose holder has been told of it; only of records that are held."""
         self._task: asyncio.Task[None] | None = None
-        self.waiting = 0
-        """Saved entries at the last look."""
         self.last_error: str | None = None
+
+    @property
+    def told(self) -> int:
+        """Access records held here that their holders were told of."""
+        return len(self._told)
 
     async def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="tails")
@@ -86,30 +104,67 @@ class Tails:
                 _logger.exception("submitting again failed oddly")
 
     async def submit_all(self) -> None:
-        """One round over what is saved and held."""
+        """One round: the next of the saved threads, and of the access records that their holders were not told of."""
         if self._log.standing != "voter":
             return
-        saved = await self._log.saved(limit=ENTRIES_AT_ONCE)
-        self.waiting = len(saved)
+        round_ = _Round(asyncio.Semaphore(THREADS_AT_ONCE), set())
+        threads = await self._next_saved()
+        await _all(self._bring_back(round_, entries) for entries in threads.values())
+        held = await self._log.held_access()
+        present = {(thread_id, it.entry.id) for thread_id, records in held.items() for it in records}
+        self._told = {key: epoch for key, epoch in self._told.items() if key in present}
+        await _all(self._tell(round_, thread_id, held[thread_id]) for thread_id in self._next_held(held))
+
+    async def _next_saved(self) -> dict[str, list[replication.Saved]]:
+        """The saved threads that follow those of the last round, from the first again behind the last: however many
+        can't be brought back, each has its turn."""
+        saved = await self._log.saved(limit=ENTRIES_AT_ONCE, after=self._after)
+        if not saved and self._after:
+            saved = await self._log.saved(limit=ENTRIES_AT_ONCE)
+        self._after = saved[-1].thread_id if len(saved) >= ENTRIES_AT_ONCE else ""
         threads: dict[str, list[replication.Saved]] = {}
         for one in saved:
             threads.setdefault(one.thread_id, []).append(one)
-        for thread_id, entries in threads.items():
-            for part in _parts(one.entry for one in entries):
-                if not await self._submit_again(thread_id, entries[0].group, part, saved=True):
-                    break  # what follows may need it: a creation, an earlier patch
-        for thread_id, access in (await self._log.held_access()).items():
-            row = await self._log.row(thread_id)
-            group = row.group if row is not None else None
-            if group is None or group not in self._log.groups:
-                continue
-            mark = (access.entry.id, self._log.groups[group].epoch)
-            if self._told.get(thread_id) != mark and await self._submit_again(
-                thread_id, group, (access.entry,), saved=False
-            ):
-                self._told[thread_id] = mark
+        return threads
 
-    async def _submit_again(self, thread_id: str, group: str, entries: tuple[Entry, ...], *, saved: bool) -> bool:
+    def _next_held(self, held: Mapping[str, Sequence[Access]]) -> list[str]:
+        """In the same way, threads with access records."""
+        ids = sorted(held)
+        first = bisect.bisect_right(ids, self._held_after)
+        chosen = (ids[first:] + ids[:first])[:ENTRIES_AT_ONCE]
+        self._held_after = chosen[-1] if len(ids) > ENTRIES_AT_ONCE else ""
+        return chosen
+
+    async def _bring_back(self, round_: _Round, entries: Sequence[replication.Saved]) -> None:
+        async with round_.running:
+            for part in _parts(one.entry for one in entries):
+                if not await self._submit_again(round_, entries[0].thread_id, entries[0].group, part, saved=True):
+                    break  # what follows may need it: a creation, an earlier patch
+
+    async def _tell(self, round_: _Round, thread_id: str, records: Sequence[Access]) -> None:
+        async with round_.running:
+            for access in records:
+                group = access.group
+                if not group:
+                    row = await self._log.row(thread_id)
+                    group = row.group if row is not None else ""
+                known = self._log.groups.get(group)
+                key = (thread_id, access.entry.id)
+                if known is None or self._told.get(key) == known.epoch:
+                    continue
+                if await self._submit_again(round_, thread_id, group, (access.entry,), saved=False):
+                    self._told[key] = known.epoch
+
+    async def _submit_again(
+        self, round_: _Round, thread_id: str, group: str, entries: tuple[Entry, ...], *, saved: bool
+    ) -> bool:
+        known = self._log.groups.get(group)
+        if known is None:
+            self.last_error = f"thread {thread_id} is of group {group!r}, which is unknown here"
+            return False
+        holder = known.holder
+        if holder in round_.unreached:
+            return False
         try:
             fates = await self._at_holder(thread_id, group, entries)
         except base.ThreadNotFound:
@@ -118,6 +173,10 @@ class Tails:
             return False
         except (PeerUnreachable, PeerRefused, StoreError) as error:
             self.last_error = str(error)
+            if isinstance(error, PeerUnreachable) and not error.sent:
+                # Whatever else is for it would wait as long in vain. One that only did not answer may have choked on
+                # this very thread, which must not keep the others from it.
+                round_.unreached.add(holder)
             return False
         if saved:
             buried = {entry_id for entry_id, fate in fates if fate == "buried"}
@@ -148,6 +207,13 @@ class Tails:
             seconds_max=CALL_SECONDS_MAX,
         )
         return answer.fates
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Do all of it, then raise what came of any."""
+    for result in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 def _parts(entries: Iterable[Entry]) -> Iterator[tuple[Entry, ...]]:

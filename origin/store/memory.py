@@ -133,7 +133,7 @@ class MemoryStore:
         incarnation = f"{int(clock.time() * 1000):012x}{random_source.getrandbits(80):020x}"
         self._cluster = Cluster(region, incarnation, [founding(member, region) for member in members])
         self._threads: dict[str, _Thread] = {}
-        self._holds: dict[str, Access] = {}
+        self._holds: dict[str, tuple[Access, ...]] = {}
         self._touched: dict[str, _Touched] = {}
         self._outbox = Outbox(member for member in members if member != region)
         self._saved: dict[tuple[str, bytes], replication.Saved] = {}
@@ -266,7 +266,7 @@ class MemoryStore:
         if write.thread_id in self._cluster.unrecovered:
             raise base.Recovering(write.thread_id)
         view = thread if thread is not None else _Thread()
-        hold = self._holds.get(write.thread_id)
+        hold = log.strictest(self._holds.get(write.thread_id, ()))
         plan = log.plan_write(write, before, view, epoch=group.epoch, at_us=self._now_us(), hold=hold)
         if plan.append:
             self._append(write.thread_id, plan.row, plan.append, replicate=True)
@@ -388,10 +388,11 @@ class MemoryStore:
         thread = self._threads.get(thread_id)
         if thread is not None and log.has_caught_up(thread.row, thread, access):
             return
-        known = self._holds.get(thread_id)
-        if known is not None and log.outranks(known, access):
+        known = self._holds.get(thread_id, ())
+        records = log.with_access(known, access)
+        if records == known:
             return
-        self._holds[thread_id] = access
+        self._holds[thread_id] = records
         if thread is not None and thread_id not in self._touched:
             self._touched[thread_id] = _Touched(thread, thread.row, thread.row.v, False)
 
@@ -460,9 +461,9 @@ class MemoryStore:
         now_us = self._now_us()
         for thread_id, touched in self._touched.items():
             thread, before, row = touched.thread, touched.before, touched.thread.row
-            hold = self._holds.get(thread_id)
-            if hold is not None and log.has_caught_up(row, thread, hold):
-                del self._holds[thread_id]
+            records = self._holds.pop(thread_id, ())
+            if still := tuple(it for it in records if not log.has_caught_up(row, thread, it)):
+                self._holds[thread_id] = still
             self._steps.append(_Step(thread, touched.first_seq, row.v))
             bucket = (row.group, log.bucket_of(thread_id))
             change = log.row_digest(before) ^ log.row_digest(row)
@@ -629,12 +630,12 @@ class MemoryStore:
     async def owed(self, group: str) -> frozenset[str]:
         return frozenset(id_ for id_ in self._outbox.owed() if self._threads[id_].row.group == group)
 
-    async def saved(self, *, limit: int, buried: bool = False) -> Sequence[replication.Saved]:
-        found = [saved for saved in self._saved.values() if saved.buried == buried]
-        threads = {saved.thread_id for saved in found[:limit]}
+    async def saved(self, *, limit: int, buried: bool = False, after: str = "") -> Sequence[replication.Saved]:
+        found = [saved for saved in self._saved.values() if saved.buried == buried and saved.thread_id > after]
+        threads = set(sorted(saved.thread_id for saved in found)[:limit])
         return sorted((it for it in found if it.thread_id in threads), key=order_saved)
 
-    async def held_access(self) -> Mapping[str, Access]:
+    async def held_access(self) -> Mapping[str, Sequence[Access]]:
         return dict(sorted(self._holds.items()))
 
     async def changes(self, after: int, limit: int) -> Sequence[base.Change]:
@@ -683,7 +684,7 @@ class MemoryStore:
 
     def _shown(self, thread: _Thread) -> Row:
         """What reads may show: the stricter of the fold and an access record it has not caught up with."""
-        return log.stricter(thread.row, self._holds.get(thread.row.id))
+        return log.stricter(thread.row, log.strictest(self._holds.get(thread.row.id, ())))
 
     def _readable(self, thread_id: str, actor: Principal | None) -> tuple[_Thread, Row]:
         thread = self._threads.get(thread_id)

@@ -35,6 +35,8 @@ class Access(msgspec.Struct, frozen=True):
     seq: int
     """The log entry that says so, which the record stands in for until it is applied."""
     entry: Entry
+    group: str = ""
+    """The thread's, by which a region that has not got the thread finds its holder."""
 
 
 class ThreadDelta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -505,12 +507,13 @@ class ReplicaLog(Protocol):
         """The group's threads that any target has yet to confirm."""
         ...
 
-    async def saved(self, *, limit: int, buried: bool = False) -> Sequence[Saved]:
-        """Saved entries, the oldest first, whole threads together; or the graveyard."""
+    async def saved(self, *, limit: int, buried: bool = False, after: str = "") -> Sequence[Saved]:
+        """Saved entries of threads behind the id `after`, in the order of the ids: at least `limit` of them if there
+        are so many, whole threads each in the order of its acknowledgements; or the graveyard."""
         ...
 
-    async def held_access(self) -> Mapping[str, Access]:
-        """Access records whose entries the logs here still lack, by thread."""
+    async def held_access(self) -> Mapping[str, Sequence[Access]]:
+        """Access records whose entries the logs here still lack, by thread, in the order in which they came."""
         ...
 
     async def changes(self, after: int, limit: int) -> Sequence[Change]:

@@ -29,7 +29,6 @@ from origin import log
 from origin.store import sqlite_rows, sqlite_search
 from origin.store.base import MOVED
 from origin.store.bodies import BodyDamaged, BodyFiles
-from origin.store.replication import Access
 from origin.store.sqlite_rows import ENTRY_COLUMNS, KINDS, ROW_COLUMNS, SEQ_MASK, place, row_from
 from origin.thread import ZERO_HASH, Entry, Row, chain_hash, fold
 
@@ -329,15 +328,16 @@ class _Log:
     ) -> None:
         access = db.execute("SELECT access FROM access_holds WHERE thread_id = ?", (stored.id,)).get
         try:
-            record = None if access is None else msgspec.msgpack.decode(cast(bytes, access), type=Access)
+            record = None if access is None else log.strictest(sqlite_rows.access_from(access))
             shown = log.stricter(stored, record)
         except _UNREADABLE as error:
             self._tell("listing", 0, f"the access record can't be read: {error}")
             return
         hide = shown.deleted or stored.internal
         share = not hide and stored.team is not None and shown.visibility != "private"
+        shows = None if record is None else msgspec.msgpack.encode(record)
         for name, is_so, should in (
-            ("held", held, access), ("hidden", hidden, hide), ("shared", shared, share),
+            ("held", held, shows), ("hidden", hidden, hide), ("shared", shared, share),
             ("bucket", bucket, log.bucket_of(stored.id)),
         ):  # fmt: skip
             if is_so != should:

@@ -330,10 +330,10 @@ class SqliteStore:
     async def owed(self, group: str) -> frozenset[str]:
         return await self._read(sqlite_read.read_owed, group)
 
-    async def saved(self, *, limit: int, buried: bool = False) -> Sequence[replication.Saved]:
-        return await self._read(sqlite_read.read_saved, limit, buried)
+    async def saved(self, *, limit: int, buried: bool = False, after: str = "") -> Sequence[replication.Saved]:
+        return await self._read(sqlite_read.read_saved, limit, buried, after)
 
-    async def held_access(self) -> Mapping[str, replication.Access]:
+    async def held_access(self) -> Mapping[str, Sequence[replication.Access]]:
         return await self._read(sqlite_read.read_held_access)
 
     async def changes(self, after: int, limit: int) -> Sequence[base.Change]:

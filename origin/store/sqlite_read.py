@@ -24,6 +24,7 @@ from origin.store.sqlite_rows import (
     MESSAGE,
     ROW_COLUMNS,
     SEQ_MASK,
+    access_from,
     change_of,
     entry_from,
     find_entry,
@@ -278,12 +279,12 @@ def read_owed(db: apsw.Connection, group: str) -> frozenset[str]:
     return frozenset(cast(str, id_) for (id_,) in found)
 
 
-def read_saved(db: apsw.Connection, limit: int, buried: bool) -> list[replication.Saved]:
+def read_saved(db: apsw.Connection, limit: int, buried: bool, after: str) -> list[replication.Saved]:
     """Whole threads, so that a creation is never parted from what follows it."""
     found = db.execute(
         "SELECT thread_id, grp, entry, at_us, buried FROM saved WHERE buried = ? AND thread_id IN "
-        "(SELECT thread_id FROM saved WHERE buried = ? ORDER BY pos LIMIT ?) ORDER BY pos",
-        (int(buried), int(buried), limit),
+        "(SELECT thread_id FROM saved WHERE buried = ? AND thread_id > ? ORDER BY thread_id LIMIT ?)",
+        (int(buried), int(buried), after, limit),
     )
     saved = [
         replication.Saved(id_, group, msgspec.msgpack.decode(entry, type=Entry), at_us, bool(buried))
@@ -292,9 +293,9 @@ def read_saved(db: apsw.Connection, limit: int, buried: bool) -> list[replicatio
     return sorted(saved, key=order_saved)
 
 
-def read_held_access(db: apsw.Connection) -> dict[str, replication.Access]:
+def read_held_access(db: apsw.Connection) -> dict[str, tuple[replication.Access, ...]]:
     return {
-        cast(str, id_): msgspec.msgpack.decode(cast(bytes, access), type=replication.Access)
+        cast(str, id_): access_from(access)
         for id_, access in db.execute("SELECT thread_id, access FROM access_holds ORDER BY thread_id")
     }
 

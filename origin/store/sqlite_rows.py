@@ -42,6 +42,7 @@ ENTRY_COLUMNS: Final = "pos, epoch, kind, id, meta, body, digest, hash"
 
 _EPOCHS: Final = msgspec.json.Decoder(tuple[tuple[int, int], ...])
 _ACCESS: Final = msgspec.msgpack.Decoder(Access)
+_ACCESSES: Final = msgspec.msgpack.Decoder(Access | tuple[Access, ...])
 
 
 def place(n: int, seq: int) -> int:
@@ -69,6 +70,12 @@ def row_from(values: Sequence[Any]) -> Row:
         created_at, last_activity, activity_us, message_count, bool(archived), external_id, relations,
         metadata, extra, deleted_seq,
     )  # fmt: skip
+
+
+def access_from(value: object) -> tuple[Access, ...]:
+    """A thread's access records as they are stored (a single one in what an earlier version wrote)."""
+    found = _ACCESSES.decode(cast(bytes, value))
+    return (found,) if isinstance(found, Access) else found
 
 
 def listing_values(row: Row, hold: Access | None) -> tuple[bytes | None, int, int, int]:

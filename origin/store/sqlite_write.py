@@ -88,7 +88,7 @@ class SqliteWriter:
         self._touched: dict[str, _Touched] = {}
         self._digests: dict[tuple[str, int], int] = {}
         """Of the buckets looked up so far, as this transaction leaves them; only this writer changes them."""
-        self._holds: dict[str, Access] = {}
+        self._holds: dict[str, tuple[Access, ...]] = {}
         self._damaged: Mapping[str, str] = {}
         self._next_n = 1
         self._position = 0
@@ -201,7 +201,7 @@ class SqliteWriter:
         if write.thread_id in self._cluster.unrecovered:
             raise base.Recovering(write.thread_id)
         view = _LogView(self._db, self._bodies, n)
-        hold = self._holds.get(write.thread_id)
+        hold = log.strictest(self._holds.get(write.thread_id, ()))
         plan = log.plan_write(write, row, view, epoch=group.epoch, at_us=self._now_us(), hold=hold)
         if plan.append:
             self._append(write.thread_id, n, row, plan.row, plan.append, replicate=True)
@@ -327,15 +327,22 @@ class SqliteWriter:
         n, row = self._row(thread_id)
         if row is not None and log.has_caught_up(row, _LogView(self._db, self._bodies, n), access):
             return
-        known = self._holds.get(thread_id)
-        if known is not None and log.outranks(known, access):
+        known = self._holds.get(thread_id, ())
+        records = log.with_access(known, access)
+        if records == known:
             return
-        self._holds[thread_id] = access
-        self._db.execute(
-            "INSERT OR REPLACE INTO access_holds VALUES(?, ?)", (thread_id, msgspec.msgpack.encode(access))
-        )
+        self._keep_holds(thread_id, records)
         if row is not None and n is not None and thread_id not in self._touched:
             self._touched[thread_id] = _Touched(n, row, row, row.v, False)
+
+    def _keep_holds(self, thread_id: str, records: tuple[Access, ...]) -> None:
+        if records:
+            self._holds[thread_id] = records
+            values = (thread_id, msgspec.msgpack.encode(records))
+            self._db.execute("INSERT OR REPLACE INTO access_holds VALUES(?, ?)", values)
+        else:
+            del self._holds[thread_id]
+            self._db.execute("DELETE FROM access_holds WHERE thread_id = ?", (thread_id,))
 
     # ------------------------------------------------------------ what failovers leave behind
 
@@ -419,11 +426,12 @@ class SqliteWriter:
         digests: dict[tuple[str, int], int] = {}
         for thread_id, touched in self._touched.items():
             n, before, row = touched.n, touched.before, touched.row
-            hold = self._holds.get(thread_id)
-            if hold is not None and log.has_caught_up(row, _LogView(self._db, self._bodies, n), hold):
-                del self._holds[thread_id]
-                self._db.execute("DELETE FROM access_holds WHERE thread_id = ?", (thread_id,))
-                hold = None
+            records = self._holds.get(thread_id, ())
+            view = _LogView(self._db, self._bodies, n)
+            still = tuple(it for it in records if not log.has_caught_up(row, view, it))
+            if still != records:
+                self._keep_holds(thread_id, still)
+            hold = log.strictest(still)
             listing = sqlite_rows.listing_values(row, hold)
             self._db.execute(_UPSERT_ROW, (n, *sqlite_rows.row_values(row), *listing))
             self._tell(n, log.stricter(row, hold), touched.first_seq)
@@ -532,7 +540,7 @@ class SqliteWriter:
 
     def _mend(self, operation: replication.Mend) -> replication.Mended:
         self._finish()  # what this batch made of the thread is looked at too
-        hold = self._holds.get(operation.thread_id)
+        hold = log.strictest(self._holds.get(operation.thread_id, ()))
         spans, made = self._mender.mend(operation, hold)
         self._rows.pop(operation.thread_id, None)
         self._digests.clear()
@@ -552,7 +560,7 @@ class SqliteWriter:
         """Read what is kept in memory: at the start, and again after a rollback."""
         self._cluster = SqliteCluster(self._db, self._region)
         self._holds = {
-            cast(str, thread_id): msgspec.msgpack.decode(cast(bytes, access), type=Access)
+            cast(str, thread_id): sqlite_rows.access_from(access)
             for thread_id, access in self._db.execute("SELECT thread_id, access FROM access_holds")
         }
         self._damaged = self._mender.damaged()

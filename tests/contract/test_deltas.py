@@ -398,7 +398,9 @@ async def test_of_two_access_records_the_stricter_counts_until_its_entry_is_here
     assert await replica.held_access() == {}
 
 
-async def test_of_two_equally_strict_access_records_the_newer_is_kept(open_engine: OpenEngine) -> None:
+async def test_access_records_that_come_one_after_the_other_are_all_kept(open_engine: OpenEngine) -> None:
+    """The second narrowing is looser than the first, and yet it undoes the share between them: with the holder's disk
+    gone, whoever takes over with the log up to the share hears of it from nobody else."""
     holder, replica = await open_engine(HERE), await open_engine(PEER)
     await commit_one(holder, create(T, visibility="public"))
     await copy_threads(holder, replica, T)
@@ -410,7 +412,18 @@ async def test_of_two_equally_strict_access_records_the_newer_is_kept(open_engin
     for delta in (deltas[0], deltas[2], deltas[0]):
         await commit_one(replica, received(_replace(delta, base_v=2, entries=())))
     held = await replica.held_access()
-    assert held[T].entry.id == "weft:patch:2"
+    assert [(it.entry.id, it.group) for it in held[T]] == [("weft:patch:0", HERE), ("weft:patch:2", HERE)]
+    row = await replica.row(T)
+    assert row is not None and row.visibility == "private"
+    await commit_one(holder, change(T, patch("3", visibility="public")))
+    await commit_one(holder, change(T, patch("4", visibility="team")))
+    last = await delta_from(holder, T, 2)
+    await commit_one(replica, received(_replace(last, base_v=2, entries=())))
+    part = _replace(await delta_from(holder, T, 1, 6), access=None)
+    await commit_one(replica, received(part))  # the holder's disk is lost before the rest comes
+    row = await replica.row(T)
+    assert row is not None and (row.v, row.visibility) == (6, "team"), "the log says public, the record does not"
+    assert [it.entry.id for it in (await replica.held_access())[T]] == ["weft:patch:4"]
 
 
 async def test_the_record_of_a_span_of_entries_is_its_newest_change_of_access(engine: Engine) -> None:

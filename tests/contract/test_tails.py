@@ -275,7 +275,7 @@ async def test_a_deletion_in_a_tail_stays_effective_until_it_is_back(open_engine
             await old.read(T, actor)
     for query in (ListQuery(RED), ListQuery(RED, "team"), ListQuery(RED, text="needle")):
         assert (await old.list(query)).rows == ()
-    [(thread_id, access)] = (await old.held_access()).items()
+    [(thread_id, [access])] = (await old.held_access()).items()
     assert (thread_id, access.deleted, access.entry.kind) == (T, True, "delete")
     assert (await old.statistics()).threads == 0
     assert await submit_saved(old, HERE, new, T) == {"weft:delete:1": "appended"}
