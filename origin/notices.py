@@ -42,7 +42,7 @@ class Notice(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str = ""
     """The revoked token's `jti`, or the subject."""
     before_us: int = 0
-    """Of a subject, tokens issued before this are revoked."""
+    """Of a subject, tokens issued up to then are revoked."""
     tags: tuple[str, ...] = ()
     urls: tuple[str, ...] = ()
     everything: bool = False

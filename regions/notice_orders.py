@@ -71,8 +71,8 @@ def _purge(order: NoticeOrder, region: str, now: float, lives: NoticeLives, rng:
         raise ValueError("a purge names tags, urls or everything, and nothing else")
     if order.everything == bool(order.tags or order.urls):
         raise ValueError("a purge names tags or urls, or everything")
-    if not all(order.tags) or not all(url.startswith("/") for url in order.urls):
-        raise ValueError("a tag is not empty, and a url is a path, with its query if it has one")
+    if not all(order.tags) or not all(url.startswith(("http://", "https://")) for url in order.urls):
+        raise ValueError("a tag is not empty, and a url is an http:// or https:// address")
     return Notice(
         f"{rng.getrandbits(128):032x}",
         "purge",
