@@ -157,7 +157,7 @@ class Edge:
                 clock=clock,
             )
             self.feed.listen(self.listings)
-            self.feed.listen_to_notices(EdgeNotices(self.revocations, self.presence))
+            self.feed.listen_to_notices(EdgeNotices(self.revocations, self.presence, [self.cache]))
         self._add_checks()
         self._add_gauges()
 

@@ -7,7 +7,7 @@ that were open for it are ending, and nothing that it purges is served from memo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 from urllib.parse import urlsplit
 
@@ -25,7 +25,7 @@ TOKEN: Final = web.RequestKey("token", VerifiedToken)
 class Purgeable(Protocol):
     """A cache, as far as purges go: `cache.HttpCache`."""
 
-    def purge(self, tags: Sequence[str]) -> object: ...
+    def purge(self, tags: Iterable[str]) -> object: ...
 
     def purge_url(self, scheme: str, authority: str, target: str) -> object: ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import aiohttp
@@ -232,7 +232,7 @@ class Cache(Purgeable):
     def __init__(self) -> None:
         self.dropped: list[Any] = []
 
-    def purge(self, tags: Sequence[str]) -> None:
+    def purge(self, tags: Iterable[str]) -> None:
         self.dropped += tags
 
     def purge_url(self, scheme: str, authority: str, target: str) -> None:
@@ -289,3 +289,29 @@ async def test_what_is_confirmed_has_been_dropped(region: FakeRegion, purging: R
     region.notice(kind="purge", tags=["a"])
     await until(lambda: region.noticed[-1:] == [1])
     assert seen == [False]
+
+
+async def test_what_is_purged_is_asked_for_again(region: FakeRegion, start_edge: StartEdge) -> None:
+    async def prices(request: web.Request) -> web.Response:
+        headers = {"Cache-Control": "public, max-age=600", "Surrogate-Key": "prices today"}
+        return web.Response(text=str(len(region.begun)), headers=headers)
+
+    region.on("GET", "/shop/prices", prices)
+    edge = await start_edge(region, public=("/shop",))
+    url = f"{edge.url}/shop/prices"
+    asked = 0
+    for purge in (
+        {"tags": ["today"]},
+        {"tags": ["other"]},
+        {"urls": [url]},
+        {"urls": [url + "?other"]},
+        {"everything": True},
+    ):
+        await edge.get("/shop/prices", token="")
+        before = len(region.requests("/shop/prices"))
+        region.notice(kind="purge", **purge)
+        asked += 1
+        await until(lambda asked=asked: region.noticed[-1:] == [asked])
+        await edge.get("/shop/prices", token="")
+        other = "other" in str(purge)
+        assert len(region.requests("/shop/prices")) - before == (0 if other else 1), purge
