@@ -28,6 +28,7 @@ from edge.coherent import ENTRY_BYTES_MAX, Ask, Coherent, Fetched
 from edge.feed import Feed
 from edge.headers import CACHE_STATUS, POSITION_HEADER, for_client, for_fill, for_origin, position_of
 from edge.jwks import FileSource, IssuerKeys, UrlSource
+from edge.notices import TOKEN, EdgeNotices
 from edge.paths import Access, PathRules
 from edge.proxy import (
     SAFE_METHODS,
@@ -40,7 +41,7 @@ from edge.proxy import (
     make_session,
     target_of,
 )
-from edge.revocation import Revocations
+from edge.revocation import ITEMS_MAX, Revocations
 from edge.threads import THREADS_PATH, ask_of, freshness_of, kind_of, thread_of
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IdentityError, IdentitySigner, IdentityVerifier, Principal, load_peer_key
@@ -119,7 +120,9 @@ class Edge:
             issuer.issuer: IssuerKeys(self._key_source(issuer), issuer.algorithms, clock=clock, rng=rng)
             for issuer in settings.auth.issuers
         }
-        self.revocations = Revocations(clock=clock)
+        # Two regions that don't hear each other may each take their limit.
+        items_max = max(ITEMS_MAX, 2 * settings.sync.notices_max)
+        self.revocations = Revocations(items_max=items_max, complete=not settings.region, clock=clock)
         self.verifier = TokenVerifier(
             (
                 TrustedIssuer(issuer.issuer, issuer.audience, frozenset(issuer.algorithms), self._keys[issuer.issuer])
@@ -145,6 +148,7 @@ class Edge:
                 clock=clock,
             )
             self.feed.listen(self.coherent)
+            self.feed.listen_to_notices(EdgeNotices(self.revocations, self.presence, [self.cache]))
         self._add_checks()
         self._add_gauges()
 
@@ -222,10 +226,12 @@ class Edge:
 
     async def _authenticate(self, request: web.Request) -> VerifiedToken:
         try:
-            return await self._verified(request)
+            verified = await self._verified(request)
         except AuthProblem as problem:
             self._refused.labels(problem.reason).inc()
             raise
+        request[TOKEN] = verified
+        return verified
 
     async def _verified(self, request: web.Request) -> VerifiedToken:
         query = target_of(request).partition("?")[2]
@@ -384,6 +390,11 @@ class Edge:
             "edge_feed_silent_seconds",
             "Since the feed's last line.",
             callback=lambda: silent if (silent := feed.statistics().silent_s) is not None else float("inf"),
+        )
+        metrics.gauge(
+            "edge_notices_stale_seconds",
+            "Since this edge last knew that it knew all that its region has revoked and purged.",
+            callback=lambda: feed.statistics().notices_stale_s,
         )
         metrics.gauge(
             "edge_coherent_entries", "Listings and threads held.", callback=lambda: coherent.statistics().items

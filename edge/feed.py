@@ -3,7 +3,9 @@
 Promise: listeners hear of every change after the position they started from, in order, or are told to forget all they
 hold (`reset`); what they dropped is confirmed to the region; `live` is true only under a lease that the region granted
 in answer to a confirmation, so a half-open connection, a stopped process, a replay after an outage and a feed that lags
-all count as not live. Left to others: what a change makes stale (`listing.py`), and what the region puts into the feed.
+all count as not live. Notices (what is revoked, what is to be purged) come on the same connection: first all
+that are live, then each as it is made; they are confirmed by number and wait for no lease. Left to others: what a
+change makes stale (`coherent.py`), what a notice does (`notices.py`), and what the region puts into the feed.
 
 The lease is counted from when the confirmation was *sent*, and only once the position that the grant names is passed.
 The region counts it from when the confirmation arrived, which is later, and waits that long before it tells an owner
@@ -84,6 +86,31 @@ class Heartbeat(msgspec.Struct, frozen=True, tag_field="type", tag="heartbeat"):
     position: int
 
 
+class Notice(msgspec.Struct, frozen=True):
+    """A revoked token (its `jti` is `name`), a subject whose tokens issued up to `before` are revoked, or what caches
+    are to drop. Times are Unix seconds; kinds of a newer region mean nothing here."""
+
+    kind: str
+    until: float = 0.0
+    issuer: str = ""
+    name: str = ""
+    before: float = 0.0
+    tags: tuple[str, ...] = ()
+    urls: tuple[str, ...] = ()
+    everything: bool = False
+
+
+class Notices(msgspec.Struct, frozen=True, tag_field="type", tag="notices"):
+    """`snapshot`: these are all revocations there are, and the purges that we lack. With `more`, the next line belongs
+    to this one. `reset`: any purge may have passed us by. `number` is what we have applied by then."""
+
+    number: int
+    snapshot: bool
+    more: bool
+    reset: bool
+    notices: tuple[Notice, ...]
+
+
 class Grant(msgspec.Struct, frozen=True):
     """Answer to a confirmation: a lease from when that was sent, good once everything up to `position` is dropped."""
 
@@ -99,6 +126,16 @@ class FeedListener(Protocol):
     def reset(self) -> None:
         """Anything may have changed: forget all."""
         ...
+
+
+class NoticeListener(Protocol):
+    """Who acts on notices. Both are called in the order of the feed and must not fail."""
+
+    def revoked(self, revoked: Sequence[Notice], *, everything: bool) -> None:
+        """More is revoked; with `everything`, exactly this and nothing else."""
+        ...
+
+    def purged(self, purges: Sequence[Notice]) -> None: ...
 
 
 class FeedView(Protocol):
@@ -127,6 +164,10 @@ class FeedStatistics:
     changes: int
     resets: int
     grants: int
+    noticed: int | None
+    """The number of the newest notice that was applied; None before the first snapshot."""
+    notices_stale_s: float
+    """Since all that was revoked was last known to be known; infinite before the first snapshot."""
     last_error: str | None
 
 
@@ -162,8 +203,17 @@ class Feed:
         self._position = 0
         self._connected = False
         self._heard_at: float | None = None
+        self._process = f"{self._rng.getrandbits(64):016x}"
         self._follower = ""
-        """Our name on this connection."""
+        """Our name on this connection: `process.connection`."""
+        self._notice_listeners: list[NoticeListener] = []
+        self._noticed: int | None = None
+        """Applied up to here, as the store named `_incarnation` numbers notices."""
+        self._informed = False
+        """Whether this connection has brought its snapshot."""
+        self._unfinished: list[Notice] = []
+        """Of lines with more to come."""
+        self._complete_at: float | None = None
         self._to_confirm = asyncio.Event()
         self._leased_until: float | None = None
         """None before the first lease of a connection."""
@@ -175,6 +225,9 @@ class Feed:
 
     def listen(self, listener: FeedListener) -> None:
         self._listeners.append(listener)
+
+    def listen_to_notices(self, listener: NoticeListener) -> None:
+        self._notice_listeners.append(listener)
 
     @property
     def incarnation(self) -> str:
@@ -195,6 +248,8 @@ class Feed:
             return f"feed lost: {self._last_error or 'not connected yet'}"
         if self._leased_until is None:
             return f"feed catching up{f': {self._last_error}' if self._last_error else ''}"
+        if not self._informed:
+            return "the region has yet to say which tokens are revoked"
         late = self._clock.monotonic() - self._leased_until
         if late < self._silence_s:
             return None
@@ -211,6 +266,8 @@ class Feed:
             changes=self._changes,
             resets=self._resets,
             grants=self._grants,
+            noticed=self._noticed,
+            notices_stale_s=math.inf if self._complete_at is None else self._clock.monotonic() - self._complete_at,
             last_error=self._last_error,
         )
 
@@ -240,7 +297,7 @@ class Feed:
         """One connection. FeedLost if it never said hello, else a return when it is over."""
         url = self._urls[self._attempts % len(self._urls)]
         self._attempts += 1
-        self._follower = f"{self._rng.getrandbits(64):016x}"
+        self._follower = f"{self._process}.{self._attempts}"
         self._to_confirm.clear()
         confirming = asyncio.create_task(self._confirm_always(url))
         try:
@@ -268,6 +325,8 @@ class Feed:
         query = {"follower": self._follower}
         if self._incarnation is not None:
             query |= {"after": str(self._position), "incarnation": self._incarnation}
+            if self._noticed is not None:
+                query["noticed"] = str(self._noticed)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=self._silence_s)
         async with self._session.get(
             url + PATH, params=query, headers=self._headers(), allow_redirects=False, timeout=timeout
@@ -303,7 +362,10 @@ class Feed:
 
     async def _confirm(self, url: str) -> None:
         greetings = self._greetings
-        body = msgspec.json.encode({"follower": self._follower, "position": self._position})
+        # Numbers of before this connection's snapshot may be another store's.
+        noticed = self._noticed if self._informed else None
+        said = {"follower": self._follower, "position": self._position, "noticed": noticed or 0}
+        body = msgspec.json.encode(said)
         sent_at = self._clock.monotonic()
         async with self._session.post(
             url + CONFIRM_PATH,
@@ -332,7 +394,7 @@ class Feed:
         self._greetings += 1
         self._leased_until = self._granted = None
 
-    async def _next(self, lines: aiohttp.StreamReader) -> Hello | Change | Heartbeat:
+    async def _next(self, lines: aiohttp.StreamReader) -> Line:
         """The next line of a kind we know; kinds of a newer region are skipped, broken lines are not."""
         while True:
             try:
@@ -346,11 +408,13 @@ class Feed:
             self._heard_at = self._clock.monotonic()
             try:
                 if msgspec.json.decode(line, type=_Kind).type in _KINDS:
-                    return msgspec.json.decode(line, type=Hello | Change | Heartbeat)
+                    return msgspec.json.decode(line, type=Line)
             except msgspec.MsgspecError as exc:
                 raise FeedLost(f"a line that makes no sense: {exc}") from exc
 
-    def _heard(self, message: Hello | Change | Heartbeat) -> None:
+    def _heard(self, message: Line) -> None:
+        if self._informed:
+            self._complete_at = self._heard_at
         match message:
             case Hello():
                 self._greeted(message)
@@ -364,6 +428,28 @@ class Feed:
                 self._position = max(self._position, message.position)
                 self._take_lease()
                 self._to_confirm.set()
+            case Notices():
+                self._told(message)
+
+    def _told(self, line: Notices) -> None:
+        self._unfinished += line.notices
+        if line.more:
+            return
+        notices, self._unfinished = self._unfinished, []
+        revoked = [it for it in notices if it.kind in ("token", "subject")]
+        purges = [it for it in notices if it.kind == "purge"]
+        if line.reset:
+            purges = [Notice("purge", everything=True)]
+        for listener in self._notice_listeners:
+            if revoked or line.snapshot:
+                listener.revoked(revoked, everything=line.snapshot)
+            if purges:
+                listener.purged(purges)
+        self._noticed = line.number
+        if line.snapshot:
+            self._informed = True
+            self._complete_at = self._heard_at
+        self._to_confirm.set()
 
     def _greeted(self, hello: Hello) -> None:
         if hello.region != self._region:
@@ -377,7 +463,10 @@ class Feed:
             self._resets += 1
             for listener in self._listeners:
                 listener.reset()
+            if hello.incarnation != self._incarnation:
+                self._noticed = None
             self._position, self._incarnation = hello.position, hello.incarnation
+        self._informed, self._unfinished = False, []
         self._drop_lease()
         self._to_confirm.set()
         log.info("feed connected", extra={"fields": {"position": hello.position, "resumed": resumed}})
@@ -391,4 +480,5 @@ class _Kind(msgspec.Struct, frozen=True):
     type: str
 
 
-_KINDS: Final = frozenset({"hello", "change", "heartbeat"})
+Line = Hello | Change | Heartbeat | Notices
+_KINDS: Final = frozenset({"hello", "change", "heartbeat", "notices"})

@@ -109,6 +109,9 @@ class Presence:
 
     def __init__(self) -> None:
         self._present: set[Present] = set()
+        self.barred: Callable[[web.BaseRequest], bool] = lambda request: False
+        """Whose event streams may not begin: asked when one does, since what it was let in with may have been revoked
+        while the origin took its time."""
 
     @contextmanager
     def of(self, request: web.BaseRequest) -> Generator[Present]:
@@ -140,21 +143,33 @@ class Presence:
                     async with asyncio.timeout(CHECK_S):
                         await draining.wait()
 
+    def begin_stream(self, present: Present) -> None:
+        """The answer is an event stream, which ends with the process, and with what it was let in with."""
+        present.streaming = True
+        if self.barred(present.request):
+            present.end("drained")
+
+    def end_streams(self, which: Callable[[web.BaseRequest], bool]) -> None:
+        """End the event streams of these requests, as draining does."""
+        for present in tuple(self._present):
+            if present.streaming and which(present.request):
+                present.end("drained")
+
     def __len__(self) -> int:
         return len(self._present)
 
 
 class Present:
-    __slots__ = ("_ending", "_request", "_task", "streaming")
+    __slots__ = ("_ending", "_task", "request", "streaming")
 
     def __init__(self, request: web.BaseRequest) -> None:
-        self._request = request
+        self.request = request
         self._task = asyncio.current_task()
         self._ending: Ending | None = None
         self.streaming = False
 
     def has_left(self) -> bool:
-        transport = self._request.transport
+        transport = self.request.transport
         return transport is None or transport.is_closing()
 
     def end(self, why: Ending) -> None:
@@ -352,7 +367,8 @@ class Proxy:
                 return web.Response(status=answer.status, reason=answer.reason, headers=headers, body=first)
         response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
         await response.prepare(request)
-        present.streaming = events
+        if events:
+            self._presence.begin_stream(present)
         try:
             if first:
                 await response.write(first)

@@ -115,6 +115,7 @@ Listen = Annotated[str, Meta(description="host:port, the port from 0 to 65535", 
 Seconds = Annotated[float, Meta(gt=0, le=86_400, description="seconds, over 0 and at most 86400")]
 SecondsOrNone = Annotated[float, Meta(ge=0, le=86_400, description="seconds, from 0 to 86400")]
 Interval = Annotated[float, Meta(ge=0, le=31 * 86_400, description="seconds, from 0 (never) to 2678400")]
+Lifetime = Annotated[float, Meta(gt=0, le=3_660 * 86_400, description="seconds, over 0 and at most 316224000")]
 Bytes = Annotated[int, Meta(ge=1024, le=1 << 40, description="a number of bytes, at least 1024")]
 Count = Annotated[int, Meta(ge=1, le=1 << 31, description="a whole number, at least 1")]
 Processes = Annotated[int, Meta(ge=1, le=256, description="a whole number from 1 to 256")]
@@ -176,6 +177,10 @@ class SyncSettings(Struct, frozen=True):
     write_timeout_s: Seconds = 10.0
     repair_every_s: Seconds = 60.0
     """How often a holder compares its groups with each other region."""
+    notices_max: Count = 100_000
+    """Live revocations that operators may make, and as many purges."""
+    purge_life_s: Seconds = 3_600.0
+    """How long a purge waits for regions that are out of reach; one that comes later has its edges drop everything."""
 
 
 class EdgeSettings(Struct, frozen=True):
@@ -205,6 +210,8 @@ class IssuerSettings(Struct, frozen=True):
 
 class AuthSettings(Struct, frozen=True):
     issuers: tuple[IssuerSettings, ...] = ()
+    token_life_max_s: Lifetime = 366 * 86_400.0
+    """The longest life of any issuer's tokens: revocations are remembered so long, and an hour more."""
 
 
 class ProviderSettings(Struct, frozen=True):

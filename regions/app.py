@@ -30,6 +30,8 @@ from regions.failover import FailoverLimits
 from regions.healing import Mender
 from regions.metrics import add_region_metrics
 from regions.node import Node, NodeLimits, open_node
+from regions.notice_orders import NoticeLives
+from regions.notices import NoticeLimits
 from regions.peer_api import PeerApi
 from regions.peer_client import HttpPeers
 from regions.replication_target import ReplicationLimits
@@ -102,6 +104,7 @@ async def open_region(
             lifecycle=lifecycle,
             scrubbing=scrubbing,
             pool_statistics=store.pool_statistics,
+            lives=NoticeLives(settings.auth.token_life_max_s, settings.sync.purge_life_s),
         )
 
         began = clock.monotonic()
@@ -138,6 +141,7 @@ def node_limits(settings: Settings) -> NodeLimits:
             lease_s=LEASE_HEARTBEATS * settings.sync.heartbeat_s,
             check_s=min(0.2, settings.sync.heartbeat_s / 5),
         ),
+        notices=NoticeLimits(notices_max=settings.sync.notices_max, wait_s=settings.sync.pending_wait_s),
         repair_every_s=settings.sync.repair_every_s,
         queue_max=settings.store.queue_max,
         queue_deadline_s=settings.store.queue_deadline_s,

@@ -20,6 +20,9 @@ The losing schedule that the granted position closes: the change at N commits; t
 it, confirms N - 1 and is granted anew; repeated, the waiter would wait for ever or answer while the edge serves.
 Every grant after a waiter came names N or more, so only leases granted before can be in its way.
 
+Notices (revoked tokens, purged caches) are confirmed by number in the same breath. There a lapsed lease is no excuse:
+an edge without one still lets tokens in. So `noticed` names who has not confirmed, and waits for nobody's lease.
+
 A lease is forgotten when this process ends, and the edge that has it may not notice: what an earlier process
 granted is unknown, and waited out from the start.
 """
@@ -27,6 +30,7 @@ granted is unknown, and waited out from the start.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final, Protocol
@@ -75,10 +79,11 @@ class FollowersStatistics(msgspec.Struct, frozen=True):
 
 
 class _Follower:
-    __slots__ = ("confirmed", "connections", "until")
+    __slots__ = ("confirmed", "connections", "noticed", "until")
 
     def __init__(self) -> None:
         self.confirmed = 0
+        self.noticed = 0
         self.connections = 0
         self.until = 0.0
 
@@ -113,13 +118,15 @@ class Followers:
             follower.connections -= 1
             self._forget_lapsed()
 
-    def confirm(self, issuer: str, name: str, position: int) -> Grant:
-        """The follower holds nothing that a change up to `position` made stale. UnknownFollower."""
+    def confirm(self, issuer: str, name: str, position: int, noticed: int = 0) -> Grant:
+        """The follower holds nothing that a change up to `position` made stale, and has applied the notices up to
+        number `noticed`. UnknownFollower."""
         follower = self._followers.get((issuer, name))
         if follower is None:
             raise UnknownFollower(name)
         self._confirmations += 1
         follower.confirmed = max(follower.confirmed, position)
+        follower.noticed = max(follower.noticed, noticed)
         follower.until = self._clock.monotonic() + self._held_s
         for waiter in self._waiters:
             waiter.set()
@@ -145,6 +152,44 @@ class Followers:
         finally:
             self._waiters.discard(news)
             self._forget_lapsed()
+
+    async def noticed(self, number: int, seconds_max: float) -> tuple[str, ...]:
+        """Wait until every live edge has applied the notices up to `number`; those that have not after `seconds_max`.
+
+        Live is who reads the feed, and who did until its lease runs out, unless it reads again under another name of
+        the same process (`process.connection`).
+        """
+        deadline = self._clock.monotonic() + seconds_max
+        news = asyncio.Event()
+        self._waiters.add(news)
+        try:
+            while True:
+                pending = self._yet_to_notice(number)
+                left = deadline - self._clock.monotonic()
+                if not pending or left <= 0:
+                    return pending
+                news.clear()
+                await self._either(news, min(left, self._next_lapse()))
+        finally:
+            self._waiters.discard(news)
+
+    def _next_lapse(self) -> float:
+        """Seconds until the next lease of somebody who is gone has run out."""
+        gone = (follower.until for follower in self._followers.values() if not follower.connections)
+        now = self._clock.monotonic()
+        return min((until - now for until in (self._earlier_until, *gone) if until > now), default=math.inf)
+
+    def _yet_to_notice(self, number: int) -> tuple[str, ...]:
+        now = self._clock.monotonic()
+        applied = {(key[0], _process(key[1])) for key, it in self._followers.items() if it.noticed >= number}
+        pending = [
+            f"{issuer}/{name}"
+            for (issuer, name), it in self._followers.items()
+            if it.noticed < number and (it.connections or (it.until > now and (issuer, _process(name)) not in applied))
+        ]
+        if self._earlier_until > now:
+            pending.append("edges that followed this server before it was started again")
+        return tuple(pending)
 
     def statistics(self) -> FollowersStatistics:
         now = self._clock.monotonic()
@@ -177,6 +222,11 @@ class Followers:
         gone = [key for key, seen in self._followers.items() if not seen.connections and seen.until <= now]
         for key in gone:
             del self._followers[key]
+
+
+def _process(name: str) -> str:
+    """Whose connection a follower's name is of."""
+    return name.partition(".")[0]
 
 
 class NoEdges:

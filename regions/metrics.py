@@ -60,6 +60,7 @@ def add_region_metrics(metrics: Metrics, store: SqliteStore, node: Node, scrubbi
         callback=lambda: held.buried,
     )
     _add_repair(metrics, node)
+    _add_notices(metrics, node)
     metrics.gauge(
         "weft_scrub_passes", "Scrubs carried through since start.", callback=lambda: scrubbing.statistics().passes
     )
@@ -132,6 +133,20 @@ def _add_groups(metrics: Metrics, node: Node) -> None:
         "1 for what this region is among the others: a voter, a learner, or a virgin disk.",
         ("standing",),
         lambda: {(name,): float(log.standing == name) for name in get_args(replication.Standing)},
+    )
+
+
+def _add_notices(metrics: Metrics, node: Node) -> None:
+    def live() -> dict[tuple[str, ...], float]:
+        seen = node.notices.statistics()
+        return {("revocation",): float(seen.revocations), ("purge",): float(seen.purges)}
+
+    metrics.gauge_family("weft_notices", "Live notices for edges.", ("kind",), live)
+    metrics.gauge_family(
+        "weft_notices_unconfirmed",
+        "How many of the newest notices the peer has yet to confirm.",
+        ("peer",),
+        lambda: {(peer,): float(behind) for peer, behind in node.notices.statistics().unconfirmed.items()},
     )
 
 

@@ -27,6 +27,7 @@ from regions.followers import LEASE_S, Followers
 from regions.healing import Healing
 from regions.joining import Joining
 from regions.membership import Membership
+from regions.notices import NoticeLimits, Notices
 from regions.peer_client import PeerTransport
 from regions.peer_service import PeerService
 from regions.repair import EVERY_S, Repair
@@ -48,6 +49,7 @@ class NodeLimits(msgspec.Struct, frozen=True):
     coordinator: CoordinatorLimits = CoordinatorLimits()
     replication: ReplicationLimits = ReplicationLimits()
     failover: FailoverLimits = FailoverLimits()
+    notices: NoticeLimits = NoticeLimits()
     repair_every_s: float = EVERY_S
     queue_max: int = QUEUE_MAX
     queue_deadline_s: float = QUEUE_DEADLINE_S
@@ -71,6 +73,7 @@ class Node(msgspec.Struct):
     membership: Membership
     tails: Tails
     coordinator: Coordinator
+    notices: Notices
     service: PeerService
 
 
@@ -116,6 +119,7 @@ async def open_node(
 
         def committed(operations: Sequence[replication.Operation], outcomes: Sequence[replication.Outcome]) -> None:
             membership.committed(operations)
+            notices.committed(operations)
             replicator.committed(operations, outcomes)
             healing.committed(operations, outcomes)
             feed.notify()
@@ -126,6 +130,7 @@ async def open_node(
         def doubted(operations: Sequence[replication.Operation]) -> None:
             membership.look_again()
             failover.look_again()
+            notices.committed(operations)
             replicator.doubted(operations)
             feed.notify()
 
@@ -196,6 +201,17 @@ async def open_node(
             clock=clock,
             rng=rng,
         )
+        notices = Notices(
+            topology=topology,
+            log=engine,
+            submit=writer.submit,
+            replicator=replicator,
+            transport=transport,
+            edges=followers,
+            clock=clock,
+            rng=rng,
+            limits=limits.notices,
+        )
         service = PeerService(
             topology=topology,
             log=engine,
@@ -207,8 +223,9 @@ async def open_node(
             membership=membership,
             feed=feed,
             edges=followers,
+            notices=notices,
         )
-        for part in (membership, replicator, joining, failover, repair, healing, tails):
+        for part in (membership, replicator, notices, joining, failover, repair, healing, tails):
             await part.start()
             stack.push_async_callback(part.close)
         trim = asyncio.create_task(_trim(writer, limits.feed_rows_max, clock), name="trim")
@@ -227,6 +244,7 @@ async def open_node(
             membership=membership,
             tails=tails,
             coordinator=coordinator,
+            notices=notices,
             service=service,
         )
 

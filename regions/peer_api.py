@@ -7,6 +7,7 @@ answer carries a token that proves who gave it. Messages are `regions.peer_wire`
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, aclosing, nullcontext
@@ -31,11 +32,14 @@ from infra.problem import Problem, problem_response
 from infra.server import Lifecycle
 from infra.trace import current_trace_id
 from origin.feed import Hello, feed_line
+from origin.notices import NoticesFull
 from origin.store import replication
 from origin.store.base import StoreError
 from regions.failover import PromotionFailed
 from regions.membership import ChangeRefused
 from regions.node import Node
+from regions.notice_feed import NoticeFeed
+from regions.notice_orders import NoticeLives, NoticeOrder, notice_of
 from regions.peer_client import PeerRefused, PeerUnreachable
 from regions.peer_service import Handler
 from regions.peer_wire import CONTENT_TYPE, DIGEST_HEADER, Envelope, content_digest, to_fault
@@ -87,6 +91,7 @@ class PeerApi:
         lifecycle: Lifecycle,
         scrubbing: Scrubbing,
         pool_statistics: Callable[[], PoolStatistics] | None = None,
+        lives: NoticeLives | None = None,
     ) -> None:
         self._node = node
         self._topology = node.topology
@@ -98,6 +103,8 @@ class PeerApi:
         self._lifecycle = lifecycle
         self._scrubbing = scrubbing
         self._pool_statistics = pool_statistics
+        self._lives = lives or NoticeLives()
+        self._notice_feed = NoticeFeed(node.notices, node.engine)
 
     def add_routes(self, app: web.Application) -> None:
         """Mount everything under `/peer`."""
@@ -110,6 +117,7 @@ class PeerApi:
         router.add_post("/peer/members", self._change_members)
         router.add_post("/peer/repair", self._repair)
         router.add_post("/peer/scrub", self._scrub)
+        router.add_post("/peer/announce", self._announce)
         router.add_get("/peer/saved", self._saved)
         router.add_post("/peer/feed/confirm", self._confirm)
 
@@ -219,6 +227,7 @@ class PeerApi:
             "peers": statistics_json(node.replicator.statistics(), backlogs),
             "writer": _plain(node.writer.statistics()),
             "edges": _plain(node.followers.statistics()),
+            "notices": _plain(node.notices.statistics()),
             "pool": _plain(self._pool_statistics()) if self._pool_statistics is not None else None,
         }
 
@@ -256,6 +265,20 @@ class PeerApi:
         except (ChangeRefused, TopologyError) as error:
             raise Problem(409, "change-refused", str(error)) from None
         return self._json(caller, record)
+
+    async def _announce(self, request: web.Request) -> web.Response:
+        """Revoke a token or a subject's, or purge (`NoticeOrder`); answered once it is durable, with who has yet to
+        apply it. 409 with the reason when it can't be taken."""
+        caller = self._caller(request, "operator")
+        order = await _decoded(request, NoticeOrder)
+        try:
+            notice = notice_of(order, self._topology.region, self._lives)
+            announced = await self._node.notices.announce(notice)
+        except (ValueError, NoticesFull) as error:
+            raise Problem(409, "notice-refused", str(error)) from None
+        fields = {"audit": True, **msgspec.to_builtins(order), "id": notice.id, "pending": announced.pending_regions}
+        _logger.warning("an operator has a notice carried to every edge", extra={"fields": fields})
+        return self._json(caller, announced)
 
     async def _repair(self, request: web.Request) -> web.Response:
         """Compare every group held here with every peer, at once, and release parked threads."""
@@ -323,6 +346,9 @@ class PeerApi:
         after = request.query.get("after", "")
         if after and not (after.isascii() and after.isdigit() and len(after) <= 18):
             raise Problem(400, "bad-position", f"after: {after[:40]!r} is not a position of the feed")
+        noticed = request.query.get("noticed", "")
+        if noticed and not (noticed.isascii() and noticed.isdigit() and len(noticed) <= 18):
+            raise Problem(400, "bad-position", f"noticed: {noticed[:40]!r} is not the number of a notice")
         name = request.query.get("follower", "")
         if len(name) > FOLLOWER_CHARS_MAX:
             raise Problem(400, "bad-follower", f"follower: longer than {FOLLOWER_CHARS_MAX} characters")
@@ -333,18 +359,30 @@ class PeerApi:
             headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store", **self._proof(caller)}
         )
         await response.prepare(request)
-        follower = self._feed.follow(int(after) if after else None, request.query.get("incarnation"))
+        incarnation = request.query.get("incarnation")
+        follower = self._feed.follow(int(after) if after else None, incarnation)
+        notices: asyncio.Task[None] | None = None
         with known:
-            async with aclosing(follower) as items:
-                holders = self._holders()
-                async for item in items:
-                    line = feed_line(item, region=self._topology.region, incarnation=self._log.incarnation)
-                    await response.write(line)
-                    if holders != (holders := self._holders()):
-                        # What edges keep names the region that orders each thread, and no thread changed by this.
-                        moved = Hello(item.position, reset=True)
-                        line = feed_line(moved, region=self._topology.region, incarnation=self._log.incarnation)
+            try:
+                async with aclosing(follower) as items:
+                    holders = self._holders()
+                    async for item in items:
+                        line = feed_line(item, region=self._topology.region, incarnation=self._log.incarnation)
                         await response.write(line)
+                        if holders != (holders := self._holders()):
+                            # What edges keep names the region that orders each thread, and no thread changed by this.
+                            moved = Hello(item.position, reset=True)
+                            line = feed_line(moved, region=self._topology.region, incarnation=self._log.incarnation)
+                            await response.write(line)
+                        if notices is not None and notices.done():
+                            notices.result()  # it only ends by failing, and then this connection is half a feed
+                        if isinstance(item, Hello) and caller.role == "edge":
+                            # Before it and after it, numbers may be those of stores with different names.
+                            await _ended(notices)
+                            known_to = int(noticed) if noticed and incarnation == self._log.incarnation else None
+                            notices = asyncio.create_task(self._notice_feed.tell(response.write, known_to))
+            finally:
+                await _ended(notices)
         return response
 
     def _holders(self) -> dict[str, str]:
@@ -358,7 +396,7 @@ class PeerApi:
             said = msgspec.json.decode(data, type=_Confirmation)
         except msgspec.MsgspecError as error:
             raise Problem(400, "peer-message", f"the confirmation can't be read: {error}") from None
-        grant = self._followers.confirm(caller.issuer, said.follower, said.position)
+        grant = self._followers.confirm(caller.issuer, said.follower, said.position, said.noticed)
         return web.Response(
             body=msgspec.json.encode(grant), content_type="application/json", headers=self._proof(caller)
         )
@@ -367,12 +405,19 @@ class PeerApi:
 class _Confirmation(msgspec.Struct, frozen=True):
     follower: str
     position: int
+    noticed: int = 0
 
 
 class _Wire(msgspec.Struct):
     """The one field that every version of a message has."""
 
     wire: int
+
+
+async def _ended(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _plain(statistics: object) -> object:

@@ -26,11 +26,13 @@ from regions.coordinator import Coordinator
 from regions.failover import Failover
 from regions.followers import Edges
 from regions.membership import Membership
+from regions.notices import Notices
 from regions.peer_wire import (
     Acknowledged,
     AskDigests,
     AskHeads,
     AskKept,
+    AskNoticed,
     AskPromise,
     AskSettled,
     ClaimAnswer,
@@ -58,6 +60,7 @@ from regions.peer_wire import (
     SubmitAgain,
     SubmitAgainAnswer,
     TakeRecord,
+    TellNotices,
     to_fault,
 )
 from regions.repair import Repair
@@ -85,6 +88,7 @@ class PeerService:
         membership: Membership,
         feed: Feed,
         edges: Edges,
+        notices: Notices,
     ) -> None:
         self._topology = topology
         self._log = log
@@ -113,6 +117,8 @@ class PeerService:
             "/peer/submit-again": (SubmitAgain, self._submit_again),
             "/peer/settled": (AskSettled, membership.settled),
             "/peer/kept": (AskKept, membership.kept),
+            "/peer/notices": (TellNotices, notices.exchanged),
+            "/peer/noticed": (AskNoticed, notices.noticed),
         }
         self.handlers: dict[str, tuple[type[Envelope], Handler]] = {
             # A region with an outdated disk learns by these two that it is.
@@ -162,6 +168,8 @@ class PeerService:
             position=self._feed.position,
             known=known,
             knew_another=knew_another,
+            notices=log.notices.number,
+            noticed=log.notices.have(message.region, message.incarnation),
         )
 
     def _is_in(self, record: replication.Record) -> bool:

@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from infra.identity import WIRE
+from origin.notices import Notice
 from origin.store import base
 from origin.store.base import (
     LogSlice,
@@ -77,6 +78,10 @@ class HelloAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """The newest incarnation of the asker known here, "" when it was never met."""
     knew_another: bool
     """Another incarnation of the asker than the one that asks was known here."""
+    notices: int = 0
+    """The newest number that a notice got here."""
+    noticed: int = 0
+    """How far the asker's numbers of notices have been read here."""
 
 
 class Replicate(Envelope, frozen=True, kw_only=True):
@@ -279,6 +284,43 @@ class RejoinAnswer(msgspec.Struct, frozen=True, kw_only=True):
     record: Record
     groups: tuple[GroupRow, ...]
     digests: dict[str, tuple[int, ...]]
+
+
+class TellNotices(Envelope, frozen=True, kw_only=True):
+    """The sender's notices numbered `after`+1 … `upto`, and how far (`have`) it has read those of the receiver's disk
+    `of`. `missed`: purges among the sender's have expired."""
+
+    of: str
+    have: int
+    after: int
+    upto: int
+    missed: bool
+    notices: tuple[Notice, ...]
+
+
+class TellNoticesAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the sender's numbers have been read durably, and the receiver's own behind what the sender has, whose
+    newest is `newest`."""
+
+    incarnation: str
+    have: int
+    after: int
+    upto: int
+    missed: bool
+    newest: int
+    notices: tuple[Notice, ...]
+
+
+class AskNoticed(Envelope, frozen=True, kw_only=True):
+    """Answer when every live edge of yours has applied the notices you have now, or after `seconds_max`."""
+
+    seconds_max: float
+
+
+class NoticedAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The edges that have not."""
+
+    pending: tuple[str, ...]
 
 
 class TakeRecord(Envelope, frozen=True, kw_only=True):

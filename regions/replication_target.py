@@ -91,6 +91,9 @@ class Heard(msgspec.Struct, frozen=True):
     groups: dict[str, GroupRow]
     held: frozenset[str]
     record: replication.Record
+    notices: int = 0
+    """The newest number that the peer gave a notice, and how far it has read ours."""
+    noticed: int = 0
 
 
 class _Dirty(msgspec.Struct):
@@ -663,6 +666,8 @@ class Target:
             groups={group.group: group for group in answer.groups},
             held=frozenset(answer.held),
             record=answer.record,
+            notices=answer.notices,
+            noticed=answer.noticed,
         )
         if self.heard is None or sent_at >= self.heard.sent_at:
             self.heard = heard

@@ -18,6 +18,7 @@ from infra.identity import Principal
 from origin import log
 from origin.access import may_read
 from origin.groups import Cluster, founding
+from origin.notices import Announce, NoticeBook, NoticeView, TakeNotices
 from origin.store import base, replication
 from origin.store.base import (
     LOCAL,
@@ -132,6 +133,7 @@ class MemoryStore:
         self._clock = clock
         incarnation = f"{int(clock.time() * 1000):012x}{random_source.getrandbits(80):020x}"
         self._cluster = Cluster(region, incarnation, [founding(member, region) for member in members])
+        self._notices = NoticeBook()
         self._threads: dict[str, _Thread] = {}
         self._holds: dict[str, tuple[Access, ...]] = {}
         self._touched: dict[str, _Touched] = {}
@@ -178,6 +180,10 @@ class MemoryStore:
     @property
     def damaged(self) -> Mapping[str, str]:
         return {}
+
+    @property
+    def notices(self) -> NoticeView:
+        return self._notices.view()
 
     def is_holder(self, group: str) -> bool:
         return group in self._cluster.held
@@ -249,6 +255,10 @@ class MemoryStore:
                     return replication.Mended()  # what never leaves memory is not read back from a disk that rots
                 case replication.Recount():
                     return None
+                case Announce():
+                    return self._notices.announce(operation, self._now_us())
+                case TakeNotices():
+                    return self._notices.take(operation, self._now_us())
         except StoreError as error:
             return error
         except Exception as error:
@@ -540,6 +550,7 @@ class MemoryStore:
 
     def _trim(self, operation: replication.Trim) -> None:
         self._keys = {key: keyed for key, keyed in self._keys.items() if keyed.at_us >= operation.keys_before_us}
+        self._notices.trim(self._now_us())
         excess = len(self._steps) - operation.feed_rows_max
         if excess > 0:
             del self._steps[:excess]

@@ -14,6 +14,7 @@ import msgspec
 
 from infra.identity import Principal
 from origin.mending import Span
+from origin.notices import Announce, NoticesKept, NoticeView, TakeNotices
 from origin.store.base import Change, Idempotency, LogSlice, StoreError, Write, Written
 from origin.thread import Entry, Row, Version
 
@@ -305,7 +306,8 @@ class LearnPromise(msgspec.Struct, frozen=True):
 
 
 class Trim(msgspec.Struct, frozen=True):
-    """Housekeeping: forget idempotency keys older than `keys_before_us`, feed rows beyond `feed_rows_max`."""
+    """Housekeeping: forget idempotency keys older than `keys_before_us`, feed rows beyond `feed_rows_max`, and expired
+    notices."""
 
     keys_before_us: int
     feed_rows_max: int
@@ -362,8 +364,23 @@ Operation = (
     | Unpark
     | Mend
     | Recount
+    | Announce
+    | TakeNotices
 )
-Outcome = Written | Applied | Gap | Diverged | Refused | Promised | Resubmitted | Mended | StoreError | int | None
+Outcome = (
+    Written
+    | Applied
+    | Gap
+    | Diverged
+    | Refused
+    | Promised
+    | Resubmitted
+    | Mended
+    | NoticesKept
+    | StoreError
+    | int
+    | None
+)
 
 
 class OutboxRow(msgspec.Struct, frozen=True):
@@ -445,6 +462,11 @@ class ReplicaLog(Protocol):
     @property
     def damaged(self) -> Mapping[str, str]:
         """Threads with entries that have rotted and could not be mended yet, and what is wrong. They are not read."""
+        ...
+
+    @property
+    def notices(self) -> NoticeView:
+        """What edges must hear of, as last committed."""
         ...
 
     def is_holder(self, group: str) -> bool:

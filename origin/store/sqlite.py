@@ -26,6 +26,7 @@ from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import Principal
 from infra.pool import Pool, PoolStatistics, PoolTimeout
 from origin.groups import founding
+from origin.notices import NoticeView
 from origin.store import base, replication, sqlite_read
 from origin.store.base import (
     LOCAL,
@@ -42,7 +43,9 @@ from origin.thread import Entry, Row
 P = ParamSpec("P")
 T = TypeVar("T")
 
-SCHEMA_VERSION: Final = 1
+SCHEMA: Final = ("schema.sql", "schema_2.sql")
+"""What makes each version of the schema out of the one before it, a new store's as an old one's."""
+SCHEMA_VERSION: Final = len(SCHEMA)
 DATABASE: Final = "weft.db"
 WRITER_CACHE_KIB: Final = 65_536
 READER_CACHE_KIB: Final = 16_384
@@ -226,6 +229,10 @@ class SqliteStore:
     @property
     def damaged(self) -> Mapping[str, str]:
         return self._writer.damaged
+
+    @property
+    def notices(self) -> NoticeView:
+        return self._writer.noticed
 
     def is_holder(self, group: str) -> bool:
         return group in self._writer.committed.held
@@ -423,11 +430,14 @@ def _prepare(connection: apsw.Connection, region: str, members: Sequence[str], n
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
-        if connection.pragma("user_version") == 0:
-            connection.execute(resources.files("origin.store").joinpath("schema.sql").read_text("utf-8"))
+        version = int(str(connection.pragma("user_version")))
+        for file in SCHEMA[version:]:
+            connection.execute(resources.files("origin.store").joinpath(file).read_text("utf-8"))
+        if version == 0:
             meta = {"region": region, "incarnation": new_incarnation, "standing": "virgin"}
             connection.executemany("INSERT INTO meta VALUES(?, ?)", list(meta.items()))
             connection.pragma("application_id", APPLICATION_ID)
+        if version < SCHEMA_VERSION:
             connection.pragma("user_version", SCHEMA_VERSION)
         meta = {str(key): str(value) for key, value in connection.execute("SELECT key, value FROM meta")}
         known = {str(group) for (group,) in connection.execute("SELECT grp FROM groups")}

@@ -17,6 +17,7 @@ import apsw
 import msgspec
 
 from origin import log
+from origin.notices import Announce, TakeNotices
 from origin.store import base, replication, sqlite_rows, sqlite_search
 from origin.store.base import (
     StoreError,
@@ -34,6 +35,7 @@ from origin.store.replication import (
 )
 from origin.store.sqlite_groups import SqliteCluster
 from origin.store.sqlite_mend import SqliteMender
+from origin.store.sqlite_notices import SqliteNotices
 from origin.store.sqlite_outbox import SqliteOutbox
 from origin.store.sqlite_rows import KIND_NUMBERS, ROW_COLUMNS, SEQ_MASK, place
 from origin.thread import ZERO_HASH, CreateBody, Entry, Row, fold
@@ -102,6 +104,8 @@ class SqliteWriter:
         """Threads noted as damaged, as last committed."""
         self.committed = self._cluster.view()
         """The cluster as last committed, for readers on other threads."""
+        self.noticed = self._notices.view()
+        """And the notices."""
 
     def commit(self, operations: Sequence[replication.Operation]) -> list[Outcome]:
         """Carry out all operations in one transaction; when the engine fails, each alone."""
@@ -128,6 +132,7 @@ class SqliteWriter:
             self._db.execute("COMMIT")
             self.committed = self._cluster.view()
             self.damaged = self._damaged
+            self.noticed = self._notices.view()
         except BaseException:
             self._touched.clear()
             self._digests.clear()
@@ -186,6 +191,10 @@ class SqliteWriter:
                     return self._mend(operation)
                 case replication.Recount():
                     return self._recount(operation)
+                case Announce():
+                    return self._notices.announce(operation, self._now_us())
+                case TakeNotices():
+                    return self._notices.take(operation, self._now_us())
         except StoreError as error:
             return error
 
@@ -531,6 +540,7 @@ class SqliteWriter:
 
     def _trim(self, operation: replication.Trim) -> None:
         self._db.execute("DELETE FROM idempotency WHERE at_us < ?", (operation.keys_before_us,))
+        self._notices.trim(self._now_us())
         # The newest row stays: positions go on from it after a restart.
         floor = self._position - max(1, operation.feed_rows_max)
         if floor > 0:
@@ -559,6 +569,7 @@ class SqliteWriter:
     def _load(self) -> None:
         """Read what is kept in memory: at the start, and again after a rollback."""
         self._cluster = SqliteCluster(self._db, self._region)
+        self._notices = SqliteNotices(self._db)
         self._holds = {
             cast(str, thread_id): sqlite_rows.access_from(access)
             for thread_id, access in self._db.execute("SELECT thread_id, access FROM access_holds")

@@ -130,6 +130,12 @@ class FakeRegion:
         self.beating = True
         self.lease_s = 3.0
         self.confirmed: list[int] = []
+        self.notices: list[dict[str, Any]] = []
+        """What the snapshot says that follows a hello; None as its `number`, there is none."""
+        self.number: int | None = 0
+        self.purges_lost = False
+        self.noticed: list[int] = []
+        self.noticed_asks: list[str | None] = []
         self.before_grant = asyncio.Event()
         """Cleared, a confirmation is taken and its answer held back."""
         self.before_grant.set()
@@ -164,6 +170,17 @@ class FakeRegion:
         }
         self.changes.append(change)
         return change
+
+    def notices_line(self, notices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        line = {"type": "notices", "number": self.number, "snapshot": False, "more": False, "reset": False}
+        return {**line, "notices": notices, **more}
+
+    def notice(self, **notice: Any) -> None:
+        """Tell every follower of one more."""
+        assert self.number is not None
+        self.number += 1
+        self.notices.append(notice)
+        self.tell(self.notices_line([notice]))
 
     def tell(self, *lines: dict[str, Any]) -> None:
         """Send lines to every follower."""
@@ -201,6 +218,10 @@ class FakeRegion:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         hello = {"region": REGION, "incarnation": self.incarnation, "position": began, "reset": reset}
         await response.write(json.dumps({"type": "hello", **hello}).encode() + b"\n")
+        self.noticed_asks.append(request.query.get("noticed"))
+        if self.number is not None:
+            snapshot = self.notices_line(self.notices, snapshot=True, reset=self.purges_lost)
+            await response.write(json.dumps(snapshot).encode() + b"\n")
         for change in self.changes:
             if change["position"] > began:
                 await response.write(json.dumps(change).encode() + b"\n")
@@ -225,6 +246,7 @@ class FakeRegion:
         caller = self.verifier.verify(request.headers.get(IDENTITY_HEADER, ""))
         said = await request.json()
         self.confirmed.append(said["position"])
+        self.noticed.append(said["noticed"])
         grant = {"position": self.position, "lease_s": self.lease_s}
         await self.before_grant.wait()
         return web.json_response(grant, headers={SERVER_IDENTITY_HEADER: self.server_header(caller.issuer)})

@@ -223,7 +223,7 @@ async def test_another_regions_backup_and_a_newer_schemas_are_refused(copy: Path
     with pytest.raises(WrongRegion, match="us-east"):
         restore_store(copy, tmp_path / "new", region="eu-west")
     path = copy / "backup.json"
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 99'))
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 99'))
     with pytest.raises(SchemaTooNew, match="upgrade"):
         restore_store(copy, tmp_path / "new", region="us-east")
 
