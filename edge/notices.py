@@ -72,7 +72,7 @@ class EdgeNotices:
     def bars(self, request: web.BaseRequest) -> bool:
         """Whether a request under way was let in with a token that is revoked by now."""
         token = request.get(TOKEN)
-        return token is not None and self._revocations.refuses(token.claims)
+        return token is not None and token.revoked()
 
 
 def _revoked(notice: Notice) -> Revoked:

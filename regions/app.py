@@ -141,7 +141,10 @@ def node_limits(settings: Settings) -> NodeLimits:
             lease_s=LEASE_HEARTBEATS * settings.sync.heartbeat_s,
             check_s=min(0.2, settings.sync.heartbeat_s / 5),
         ),
-        notices=NoticeLimits(notices_max=settings.sync.notices_max, wait_s=settings.sync.pending_wait_s),
+        # Edges of before a start, and those that are gone, are waited for until their leases have run out.
+        notices=NoticeLimits(
+            notices_max=settings.sync.notices_max, wait_s=settings.sync.pending_wait_s + NodeLimits().edge_lease_s
+        ),
         repair_every_s=settings.sync.repair_every_s,
         queue_max=settings.store.queue_max,
         queue_deadline_s=settings.store.queue_deadline_s,

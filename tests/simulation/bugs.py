@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import msgspec
 
-from origin import access, groups, log, writer
+from origin import access, groups, log, notices, writer
 from origin.store import base, memory, memory_outbox, queries, replication
 from regions import (
     claims,
@@ -449,3 +449,34 @@ def doubts_are_forgotten() -> Sequence[Any]:
 def a_learner_counts() -> Sequence[Any]:
     joined = property(lambda self: self.heard is not None and self.heard.standing == "voter")
     return [patch.object(replication_target.Target, "counts", joined)]
+
+
+# ---------------------------------------------------------------- notices
+
+
+@bug("How far a disk's numbers were read says nothing of the disk that took its place.", DISKS)
+def cursors_outlive_disks() -> Sequence[Any]:
+    def have(self: notices.NoticeView, region: str, incarnation: str) -> int:
+        cursor = self.cursors.get(region)
+        return 0 if cursor is None else cursor.number
+
+    def take(self: notices.NoticeBook, operation: notices.TakeNotices, now_us: int) -> notices.NoticesKept:
+        known = self.cursors.get(operation.region)
+        same = operation if known is None else msgspec.structs.replace(operation, incarnation=known.incarnation)
+        return honest(self, same, now_us)
+
+    honest = notices.NoticeBook.take
+    return [patch.object(notices.NoticeView, "have", have), patch.object(notices.NoticeBook, "take", take)]
+
+
+@bug("A region that is back is told what it missed.", (*LINKS, *CRASHES))
+def missed_revocations_are_forgotten() -> Sequence[Any]:
+    def meet_once(self: Any, region: str, heard: Any) -> None:
+        self._peer(region, heard.incarnation)
+
+    return [patch("regions.notices.Notices._greeted", meet_once)]
+
+
+@bug("Of two revocations of one token the stricter counts.", (*LINKS, *CRASHES))
+def the_last_revocation_counts() -> Sequence[Any]:
+    return [patch.object(notices, "merged", lambda known, other: other)]

@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, Protocol
 import apsw
 import msgspec
 
+from origin.notices import NO_NOTICES, NoticeView
 from origin.store import base, replication, sqlite, sqlite_read
 from origin.store.base import (
     StoreFailed,
@@ -26,6 +27,7 @@ from origin.store.base import (
 from origin.store.bodies import BodyFiles
 from origin.store.memory import MemoryStore
 from origin.store.sqlite import SqliteStore
+from origin.store.sqlite_notices import SqliteNotices
 from origin.thread import Entry, Row
 from origin.writer import Engine
 from tests.simulation.loop import SimClock, SimLoop, Trace
@@ -77,6 +79,8 @@ class Medium(Protocol):
         ...
 
     def backlog(self, target: str) -> replication.Backlog: ...
+
+    def notices(self) -> NoticeView: ...
 
 
 class MemoryMedium:
@@ -135,6 +139,9 @@ class MemoryMedium:
     def backlog(self, target: str) -> replication.Backlog:
         assert self._store is not None
         return self._store._outbox.backlog(target, self._store._now_us())
+
+    def notices(self) -> NoticeView:
+        return self._store.notices if self._store is not None else NO_NOTICES
 
 
 class SqliteMedium:
@@ -218,6 +225,9 @@ class SqliteMedium:
 
     def backlog(self, target: str) -> replication.Backlog:
         return sqlite_read.read_backlog(self._db, target, 0)
+
+    def notices(self) -> NoticeView:
+        return SqliteNotices(self._db).view()
 
 
 class Moods(msgspec.Struct):

@@ -22,6 +22,7 @@ from tests.simulation.checker import Checker
 from tests.simulation.history import History
 from tests.simulation.loop import PLACE, NoEnd
 from tests.simulation.nemesis import NEMESES, heal, strike
+from tests.simulation.operators import Operator
 from tests.simulation.workload import PEOPLE, Client
 from tests.simulation.world import World
 
@@ -136,13 +137,16 @@ async def _drive(world: World, history: History, schedule: Schedule, rng: random
     faults = _faults(schedule, rng)
     storm = asyncio.create_task(strike(world, rng, faults, rng.choice((0.3, 1.0, 2.0)))) if faults else None
     pace_s = rng.choice((0.02, 0.2, 0.5))
+    operator = Operator(world)
+    revoking = asyncio.create_task(operator.run()) if operator.works else None
     await asyncio.gather(*(client.run(schedule.ops, pace_s) for client in clients))
-    if storm is not None:
-        storm.cancel()
-        await asyncio.gather(storm, return_exceptions=True)
+    for task in (storm, revoking):
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
     heal(world)
     operations = history.operations
-    await settle(world, checker, clients)
+    await settle(world, checker, clients, operator)
     history.operations = operations  # what the checkers read at the end is not a client's doing
 
 
@@ -153,7 +157,7 @@ def _faults(schedule: Schedule, rng: random.Random) -> list[str]:
     return [name for name in NEMESES if rng.random() < share]
 
 
-async def settle(world: World, checker: Checker, clients: list[Client]) -> None:
+async def settle(world: World, checker: Checker, clients: list[Client], operator: Operator) -> None:
     """After healing: what must not wait for poison is through, then all is, everywhere."""
     if not await world.until(world.all_up, seconds_max=30.0):
         world.violation("a region does not start again")
@@ -175,6 +179,8 @@ async def settle(world: World, checker: Checker, clients: list[Client]) -> None:
     if not await world.until(lambda: checker.converged() is None, seconds_max=HEAL_SECONDS_MAX, every_s=0.25):
         world.violation(f"not at rest {HEAL_SECONDS_MAX:.0f} s after healing: {checker.converged()}")
         return
+    if not await world.until(lambda: operator.lacking() is None, seconds_max=HEAL_SECONDS_MAX, every_s=0.25):
+        world.violation(f"revocations not at rest {HEAL_SECONDS_MAX:.0f} s after healing: {operator.lacking()}")
     world.counts["heal milliseconds"] += int((world.now - began) * 1_000)
     checker.final()
     for client in clients[: len(PEOPLE)]:
