@@ -119,6 +119,11 @@ class HttpCache:
     def statistics(self) -> CacheStatistics:
         return self._store.statistics()
 
+    @property
+    def busy(self) -> bool:
+        """Whether answers are on their way in for which nobody may be waiting."""
+        return self._fetches.busy
+
     async def close(self) -> None:
         """End what runs in the background. Idempotent."""
         await self._fetches.close()
@@ -173,7 +178,7 @@ class HttpCache:
             else:
                 reason = "vary-miss" if self._store.has_variants(ask.key, now) else "uri-miss"
             if ask.wishes.only_if_cached:
-                raise _not_cached(reason)
+                raise _not_cached()
             flight = self._flight(ask, kept, reason)
             if flight is None:
                 return await self._lead(ask, kept, reason, None)
@@ -189,7 +194,10 @@ class HttpCache:
 
     def _flight(self, ask: Ask, kept: Kept | None, reason: Reason) -> Flight | None:
         """What others may join, or be joined for; None where the answer is for this client alone."""
-        if reason == "request" or "Range" in ask.request.headers or (kept is None and ask.single):
+        wishes = ask.wishes
+        if reason == "request" or wishes.no_cache or wishes.max_age == 0 or "Range" in ask.request.headers:
+            return None
+        if kept is None and ask.single:
             return None
         if "text/event-stream" in ask.request.headers.get("Accept", ""):
             return None
@@ -313,7 +321,7 @@ class HttpCache:
             return self._hit(ask, kept, now, use)
         reason: Reason = "uri-miss" if kept is None else "request" if use is Use.REFRESH else "stale"
         if ask.wishes.only_if_cached:
-            raise _not_cached(reason)
+            raise _not_cached()
         began = self._store.generation
 
         def on_answer(status: int, headers: CIMultiDictProxy[str]) -> None:
@@ -402,11 +410,11 @@ class HttpCache:
         return dropped
 
 
-def _not_cached(reason: Reason) -> Problem:
+def _not_cached() -> Problem:
     return Problem(
         504,
         "not-cached",
         "Only a cached answer was asked for, and there is none that may be used.",
         retryable=False,
-        headers={CACHE_STATUS: f"{cache_status.NAME}; detail=only-if-cached; fwd={reason}"},
+        headers={CACHE_STATUS: f"{cache_status.NAME}; detail=only-if-cached"},
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Hashable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
@@ -38,7 +38,8 @@ BACKGROUND_MAX: Final = 64
 """Answers checked in the background at once; beyond that a stale one is served unchecked."""
 
 T = TypeVar("T")
-Flight: TypeAlias = tuple[Key, object]
+Flight: TypeAlias = Hashable
+"""What can be joined: a key, and the values its answers are known to be chosen by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +114,15 @@ class Fetches:
 
         A caller that is cancelled before takes the fetch with it; who joined asks anew.
         """
-        if flight is not None:
-            self._flights[flight] = fill
+        self._take_off(fill, flight)
         outcome: Outcome = Abandoned()
         try:
             headers = ask.headers()
-            answered = await self._ask(fill, ask, kept, flight, headers)
+            answered = await self._ask(fill, ask, kept, headers)
             if answered is None:
                 # The 304 was about another answer than ours (RFC 9111 §4.3.3): ask for the whole.
                 _condition(headers, None)
-                answered = await self._ask(fill, ask, None, flight, headers)
+                answered = await self._ask(fill, ask, None, headers)
             outcome = answered or outcome
         except OriginBroken:
             outcome = Failed(broken_off("GET"), outage=True)
@@ -130,7 +130,7 @@ class Fetches:
             outcome = Failed(exc, outage=isinstance(exc, Problem) and exc.kind.startswith("origin-"))
         finally:
             if not isinstance(outcome, Begun):
-                self._land(fill, flight)
+                self._land(fill)
                 fill.end()
             fill.resolve(outcome)
         return outcome
@@ -149,6 +149,10 @@ class Fetches:
 
         self._run(self.fetch(fill, ask, kept, flight)).add_done_callback(landed)
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._tasks)
+
     def make_fill(self) -> Fill:
         return Fill(self._entry_bytes_max)
 
@@ -159,9 +163,7 @@ class Fetches:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def _ask(
-        self, fill: Fill, ask: Ask, kept: Kept | None, flight: Flight | None, headers: CIMultiDict[str]
-    ) -> Outcome | None:
+    async def _ask(self, fill: Fill, ask: Ask, kept: Kept | None, headers: CIMultiDict[str]) -> Outcome | None:
         """What the origin answers; None if it confirmed an answer that is not `kept`."""
         fill.began = self._store.generation
         asked_at = self._clock.monotonic()
@@ -182,11 +184,13 @@ class Fetches:
                 return self._confirmed(fill, ask, kept, answer, exchange)
             made = self._to_keep(answer, exchange)
             if made is None:
-                self._pass(ask, kept, flight, answer)
+                self._pass(ask, kept, fill.flight, answer)
                 return Handed(answer, answer.status, stack.pop_all()) if fill.led else Abandoned()
             self._store.varies(ask.key, made.vary)
-            if flight is not None:
-                self._passes.pop(flight, None)
+            if fill.flight is not None:
+                self._passes.pop(fill.flight, None)
+                # By what it is chosen by, now that this is known: who asks for another variant does not wait for it.
+                self._take_off(fill, (ask.key, self._store.chosen_by(ask.key, ask.request)))
             length = 0 if made.status == 204 else answer.content_length
             first = b""
             if length is not None and length <= ONE_WRITE_BYTES_MAX:
@@ -194,7 +198,7 @@ class Fetches:
                 if len(first) == length:
                     whole = dataclasses.replace(made, body=first)
                     return Whole(whole, self._keep(ask.key, whole, fill.began), made.status)
-            fill.task = self._run(self._pump(fill, ask.key, flight, stack.pop_all(), answer, made, first))
+            fill.task = self._run(self._pump(fill, ask.key, stack.pop_all(), answer, made, first))
             return Begun(made, length)
 
     def _confirmed(
@@ -234,7 +238,6 @@ class Fetches:
         self,
         fill: Fill,
         key: Key,
-        flight: Flight | None,
         stack: AsyncExitStack,
         answer: aiohttp.ClientResponse,
         made: Kept,
@@ -257,7 +260,7 @@ class Fetches:
                     if not fill.keeps:
                         self._filling_bytes -= counted
                         counted = 0
-                        self._land(fill, flight)
+                        self._land(fill)
                         await fill.room()
                     chunk = await self._upstream.read(answer)
                 if not chunk:
@@ -270,7 +273,7 @@ class Fetches:
             broken = exc
         finally:
             self._filling_bytes -= counted
-            self._land(fill, flight)
+            self._land(fill)
             fill.end(broken)
 
     def _keep(self, key: Key, kept: Kept, began: int) -> bool:
@@ -278,10 +281,17 @@ class Fetches:
         (self._stored_yes if stored else self._stored_not).inc()
         return stored
 
-    def _land(self, fill: Fill, flight: Flight | None) -> None:
+    def _take_off(self, fill: Fill, flight: Flight | None) -> None:
+        """Who asks this may join, unless there is another to join already."""
+        self._land(fill)
+        fill.flight = flight
+        if flight is not None:
+            self._flights.setdefault(flight, fill)
+
+    def _land(self, fill: Fill) -> None:
         """Nobody else may join."""
-        if flight is not None and self._flights.get(flight) is fill:
-            del self._flights[flight]
+        if fill.flight is not None and self._flights.get(fill.flight) is fill:
+            del self._flights[fill.flight]
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(coroutine)

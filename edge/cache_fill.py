@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Hashable
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -77,6 +77,8 @@ class Fill:
         self.task: asyncio.Task[None] | None = None
         self.broken: Exception | None = None
         """Why the body ended early, once it has."""
+        self.flight: Hashable = None
+        """What it is known by to those who may join."""
         self.began = 0
         """The store's generation when the origin was asked."""
         self.ended = False

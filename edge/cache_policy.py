@@ -152,7 +152,7 @@ def judge(kept: Kept, wishes: RequestDirectives, now: float) -> Use:
         return Use.FRESH
     if rules.must_revalidate or rules.proxy_revalidate:
         return Use.CHECK
-    if -left <= rules.stale_while_revalidate and wishes.max_age is None and wishes.min_fresh is None:
+    if 0 < rules.stale_while_revalidate >= -left and wishes.max_age is None and wishes.min_fresh is None:
         return Use.REVALIDATING
     if wishes.max_stale is not None and -left <= wishes.max_stale and rules.s_maxage is None:
         return Use.STALE
