@@ -284,7 +284,7 @@ class HttpCache:
                 stale = self._stand_in(ask, kept, outage=outage) if outage else None
                 if stale is not None:
                     return stale
-                raise error
+                raise error.with_traceback(None)  # the same for all who waited
             case Abandoned():
                 raise broken_off("GET")
             case Whole(made, stored, status):
@@ -318,6 +318,8 @@ class HttpCache:
         now = self._clock.monotonic()
         use = judge(kept, ask.wishes, now) if kept is not None else None
         if kept is not None and use in (Use.FRESH, Use.STALE, Use.REVALIDATING):
+            if use is Use.REVALIDATING:
+                self._fetches.check_later(ask, kept)
             return self._hit(ask, kept, now, use)
         reason: Reason = "uri-miss" if kept is None else "request" if use is Use.REFRESH else "stale"
         if ask.wishes.only_if_cached:

@@ -220,6 +220,6 @@ class Reader:
             elif not fill.ended:
                 await fill.changed()
             elif fill.broken is not None:
-                raise fill.broken
+                raise fill.broken.with_traceback(None)
             else:
                 return

@@ -183,6 +183,8 @@ def kept_answer(status: int, reason: str | None, headers: Headers, exchange: Exc
     if rules.no_store and not rules.must_understand:
         return None  # as most that may not be kept say
     kept = _make(status, reason, end_to_end(headers), exchange, age_value(headers))
+    if (kept.directives, kept.vary) != (rules, vary_names(headers)):
+        return None  # Connection lists what says how to keep it: it would not be there the next time
     return kept if may_keep(kept, exchange) else None
 
 

@@ -108,6 +108,8 @@ async def test_an_answer_without_a_date_counts_from_its_arrival_and_gets_one(cac
         (Answer([("Last-Modified", -86400), ("Set-Cookie", "a=b")]), False),
         (Answer([("Cache-Control", "max-age=3600"), ("Content-Type", "text/event-stream")]), False),
         (Answer([("Cache-Control", "max-age=3600"), ("Pragma", "no-cache")]), True),
+        (Answer([*HOUR, ("Connection", "Vary"), ("Vary", "Foo")]), False),
+        (Answer([("Cache-Control", "private"), ("Expires", 3600), ("Connection", "cache-control")]), False),
         (Answer(HOUR, length=None), True),
         (Answer(HOUR, chunked=True), True),
         (Answer(HOUR, body=b""), True),
