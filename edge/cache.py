@@ -19,10 +19,10 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from edge import cache_status
-from edge.cache_answer import CONDITIONS, NOT_FOR_CACHES, headers_of, not_modified, respond
+from edge.cache_answer import headers_of, not_modified, respond
 from edge.cache_control import request_directives
 from edge.cache_fetch import Ask, Fetches, Flight
-from edge.cache_fill import Begun, Failed, Fill, Handed, Reader, Whole
+from edge.cache_fill import Abandoned, Begun, Failed, Fill, Handed, Reader, Whole
 from edge.cache_policy import (
     ERROR_STATUSES,
     Kept,
@@ -91,9 +91,11 @@ class HttpCache:
             entry_bytes_max=entry_bytes_max,
             clock=clock,
         )
-        self._asked = metrics.counter(
+        asked = metrics.counter(
             "edge_cache_requests_total", "Requests that went through the cache, by how they were answered.", ("result",)
         )
+        self._hits, self._stale, self._misses = asked.labels("hit"), asked.labels("stale"), asked.labels("miss")
+        self._joined, self._passed = asked.labels("joined"), asked.labels("pass")
         self._dropped = metrics.counter("edge_cache_drops_total", "URLs dropped, by what for.", ("cause",))
 
     # What others may do to it.
@@ -116,6 +118,11 @@ class HttpCache:
 
     def statistics(self) -> CacheStatistics:
         return self._store.statistics()
+
+    @property
+    def busy(self) -> bool:
+        """Whether answers are on their way in for which nobody may be waiting."""
+        return self._fetches.busy
 
     async def close(self) -> None:
         """End what runs in the background. Idempotent."""
@@ -149,9 +156,10 @@ class HttpCache:
             check=check,
             headers_timeout_s=headers_timeout_s,
             authorized=authorized and "Authorization" in asked,
-            single="Range" in asked or any(name in asked for name in CONDITIONS),
+            single="Range" in asked or "If-None-Match" in asked or "If-Modified-Since" in asked,
         )
-        if ask.wishes.no_store or any(name in asked for name in NOT_FOR_CACHES):
+        # The last two only the origin can judge (RFC 9110 §13.2.1).
+        if ask.wishes.no_store or "If-Match" in asked or "If-Unmodified-Since" in asked:
             return await self._lead(ask, None, "request", None) if method == "GET" else await self._head(ask, None)
         return await self._get(ask) if method == "GET" else await self._head(ask, self._find(ask))
 
@@ -170,7 +178,7 @@ class HttpCache:
             else:
                 reason = "vary-miss" if self._store.has_variants(ask.key, now) else "uri-miss"
             if ask.wishes.only_if_cached:
-                raise _not_cached(reason)
+                raise _not_cached()
             flight = self._flight(ask, kept, reason)
             if flight is None:
                 return await self._lead(ask, kept, reason, None)
@@ -186,7 +194,10 @@ class HttpCache:
 
     def _flight(self, ask: Ask, kept: Kept | None, reason: Reason) -> Flight | None:
         """What others may join, or be joined for; None where the answer is for this client alone."""
-        if reason == "request" or "Range" in ask.request.headers or (kept is None and ask.single):
+        wishes = ask.wishes
+        if reason == "request" or wishes.no_cache or wishes.max_age == 0 or "Range" in ask.request.headers:
+            return None
+        if kept is None and ask.single:
             return None
         if "text/event-stream" in ask.request.headers.get("Accept", ""):
             return None
@@ -197,7 +208,7 @@ class HttpCache:
 
     def _hit(self, ask: Ask, kept: Kept, now: float, use: Use) -> web.Response:
         detail = {Use.STALE: "max-stale", Use.REVALIDATING: "stale-while-revalidate"}.get(use, "")
-        self._asked.labels("stale" if detail else "hit").inc()
+        (self._stale if detail else self._hits).inc()
         return respond(ask.request, kept, now, cache_status.hit(kept.lifetime_s - (now - kept.born), detail))
 
     def _stand_in(self, ask: Ask, kept: Kept | None, *, outage: bool) -> web.Response | None:
@@ -205,7 +216,7 @@ class HttpCache:
         now = self._clock.monotonic()
         if kept is None or not stands_in(kept, ask.wishes, now, outage_s=self._outage_s if outage else 0.0):
             return None
-        self._asked.labels("stale").inc()
+        self._stale.inc()
         return respond(ask.request, kept, now, cache_status.hit(kept.lifetime_s - kept.age(now), "stale-if-error"))
 
     # One who asks the origin, and those who wait for the same.
@@ -213,29 +224,24 @@ class HttpCache:
     async def _lead(self, ask: Ask, kept: Kept | None, reason: Reason, flight: Flight | None) -> web.StreamResponse:
         fill = self._fetches.make_fill()
         with self._presence.of(ask.request) as present, fill.join() as reader:
-            self._fetches.start(fill, ask, kept, flight)
+            outcome = await self._fetches.fetch(fill, ask, kept, flight)
             try:
-                outcome = await reader.outcome()
                 if not isinstance(outcome, Handed):
-                    self._asked.labels("miss").inc()
+                    self._misses.inc()
                     return await self._deliver(ask, kept, reason, reader, outcome, collapsed=False)
                 async with outcome.stack:
-                    if outcome.answer.status in ERROR_STATUSES:
+                    answer = outcome.answer
+                    if answer.status in ERROR_STATUSES:
                         stale = self._stand_in(ask, kept, outage=False)
                         if stale is not None:
                             return stale
-                    self._asked.labels("pass").inc()
-                    answer = outcome.answer
+                    self._passed.inc()
                     passed = for_client(answer.headers)
                     earlier = answer.headers.getall(CACHE_STATUS, ())
                     passed[CACHE_STATUS] = cache_status.after(earlier, cache_status.forwarded(reason))
                     return await self._proxy.relay(ask.request, answer, passed, present)
             except OriginBroken as exc:
                 raise self._cut(ask, exc) from exc
-            finally:
-                fill.led = False
-                if isinstance(fill.outcome, Handed):
-                    await fill.outcome.stack.aclose()
 
     async def _follow(self, ask: Ask, kept: Kept | None, reason: Reason, fill: Fill) -> web.StreamResponse | None:
         """The answer of someone else's request; None if it is not for us, or too long in coming."""
@@ -244,6 +250,8 @@ class HttpCache:
                 async with asyncio.timeout(WAIT_S_MAX):
                     outcome = await reader.outcome()
             except TimeoutError:
+                return None
+            if isinstance(outcome, Abandoned):
                 return None
             if isinstance(outcome, Handed):
                 return self._stand_in(ask, kept, outage=False) if outcome.status in ERROR_STATUSES else None
@@ -254,7 +262,7 @@ class HttpCache:
                 # It may have begun before a drop that we, who came later, must see.
                 if self._store.was_dropped(ask.key, made.tags, fill.began):
                     return None
-            self._asked.labels("joined").inc()
+            self._joined.inc()
             try:
                 return await self._deliver(ask, kept, reason, reader, outcome, collapsed=True)
             except OriginBroken as exc:
@@ -266,7 +274,7 @@ class HttpCache:
         kept: Kept | None,
         reason: Reason,
         reader: Reader,
-        outcome: Whole | Begun | Failed,
+        outcome: Whole | Begun | Failed | Abandoned,
         *,
         collapsed: bool,
     ) -> web.StreamResponse:
@@ -276,7 +284,9 @@ class HttpCache:
                 stale = self._stand_in(ask, kept, outage=outage) if outage else None
                 if stale is not None:
                     return stale
-                raise error
+                raise error.with_traceback(None)  # the same for all who waited
+            case Abandoned():
+                raise broken_off("GET")
             case Whole(made, stored, status):
                 seen = status if status != made.status else None
                 text = cache_status.forwarded(reason, status=seen, stored=stored, collapsed=collapsed)
@@ -284,6 +294,7 @@ class HttpCache:
             case Begun(made, length):
                 text = cache_status.forwarded(reason, stored=True, collapsed=collapsed)
                 if made.status == 200 and not_modified(ask.request, made):
+                    reader.keep_going()
                     return respond(ask.request, made, now, text, firsthand=True)
                 headers = headers_of(made, now, text, firsthand=True)
                 if length is not None:
@@ -307,10 +318,12 @@ class HttpCache:
         now = self._clock.monotonic()
         use = judge(kept, ask.wishes, now) if kept is not None else None
         if kept is not None and use in (Use.FRESH, Use.STALE, Use.REVALIDATING):
+            if use is Use.REVALIDATING:
+                self._fetches.check_later(ask, kept)
             return self._hit(ask, kept, now, use)
         reason: Reason = "uri-miss" if kept is None else "request" if use is Use.REFRESH else "stale"
         if ask.wishes.only_if_cached:
-            raise _not_cached(reason)
+            raise _not_cached()
         began = self._store.generation
 
         def on_answer(status: int, headers: CIMultiDictProxy[str]) -> None:
@@ -325,7 +338,7 @@ class HttpCache:
             elif not (may_keep(fresh, exchange) and self._store.put(ask.key, fresh, began)):
                 self._store.drop(ask.key, kept)
 
-        self._asked.labels("pass").inc()
+        self._passed.inc()
         try:
             return await self._forward(ask.request, ask.headers(), reason, on_answer, ask.headers_timeout_s)
         except Problem as problem:
@@ -357,7 +370,7 @@ class HttpCache:
             if on_answer is not None:
                 on_answer(status, answer_headers)
 
-        self._asked.labels("pass").inc()
+        self._passed.inc()
         try:
             reason: Reason = "method" if unsafe or request.method == "OPTIONS" else "bypass"
             return await self._forward(request, headers, reason, answer, headers_timeout_s)
@@ -399,11 +412,11 @@ class HttpCache:
         return dropped
 
 
-def _not_cached(reason: Reason) -> Problem:
+def _not_cached() -> Problem:
     return Problem(
         504,
         "not-cached",
         "Only a cached answer was asked for, and there is none that may be used.",
         retryable=False,
-        headers={CACHE_STATUS: f"{cache_status.NAME}; detail=only-if-cached; fwd={reason}"},
+        headers={CACHE_STATUS: f"{cache_status.NAME}; detail=only-if-cached"},
     )

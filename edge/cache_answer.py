@@ -20,9 +20,6 @@ from edge.headers import CACHE_STATUS
 
 RANGES_MAX: Final = 16
 """Whoever asks for more at once gets the whole."""
-NOT_FOR_CACHES: Final = ("If-Match", "If-Unmodified-Since")
-"""Conditions that only the origin can judge (RFC 9110 §13.2.1)."""
-CONDITIONS: Final = ("If-None-Match", "If-Modified-Since", "If-Range", *NOT_FOR_CACHES)
 
 # A 304 describes the answer a client has; how that is written is not told again (RFC 9110 §15.4.5).
 _NOT_IN_304: Final = ("Content-Type", "Content-Encoding", "Content-Language", "Content-Range", "Content-MD5")

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from calendar import timegm
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Final
+from functools import lru_cache
+from typing import Final, TypeVar, cast
 
 import http_sf
 
@@ -23,6 +24,12 @@ DELTA_SECONDS_MAX: Final = 2**31
 """What a larger number of seconds counts as (RFC 9111 §1.2.2)."""
 TARGETED_FIELDS: Final = ("Weft-CDN-Cache-Control", "CDN-Cache-Control")
 """The target list of RFC 9213 §2.2, the first that applies wins."""
+
+REMEMBERED_MAX: Final = 4096
+REMEMBERED_CHARS_MAX: Final = 256
+DATE_CHARS_MAX: Final = 64
+
+Read = TypeVar("Read")
 
 # A comma in a quoted string parts nothing; a quote that is never closed is a character like others.
 _LIST: Final = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^,])+')
@@ -90,9 +97,13 @@ def request_directives(headers: Headers) -> RequestDirectives:
     if not fields:
         # RFC 9111 §5.4: only where Cache-Control is absent.
         pragma = headers.getall("Pragma", ())
-        if any(name == "no-cache" for name, _ in _directives(pragma)):
+        if pragma and any(name == "no-cache" for name, _ in _directives(pragma)):
             return RequestDirectives(no_cache=True)
         return NO_WISHES
+    return _remembered(_request_directives, fields)
+
+
+def _request_directives(fields: tuple[str, ...]) -> RequestDirectives:
     found = _first(fields)
     max_stale: float | None = None
     if "max-stale" in found:
@@ -113,12 +124,14 @@ def request_directives(headers: Headers) -> RequestDirectives:
 def response_directives(headers: Headers) -> ResponseDirectives:
     for name in TARGETED_FIELDS:
         if name in headers:
-            targeted = _targeted(headers.getall(name))
+            targeted = _remembered(_targeted, headers.getall(name))
             if targeted is not None:
                 return targeted
     fields = headers.getall("Cache-Control", ())
-    if not fields:
-        return NO_RULES
+    return _remembered(_response_directives, fields) if fields else NO_RULES
+
+
+def _response_directives(fields: tuple[str, ...]) -> ResponseDirectives:
     found = _first(fields)
     malformed = any(name in found and _seconds(found[name]) is None for name in ("max-age", "s-maxage"))
     no_cache, not_reused = _named_fields(fields, "no-cache")
@@ -141,7 +154,7 @@ def response_directives(headers: Headers) -> ResponseDirectives:
     )
 
 
-def _targeted(lines: Iterable[str]) -> ResponseDirectives | None:
+def _targeted(lines: tuple[str, ...]) -> ResponseDirectives | None:
     """None for a field that is empty or no Structured Field (RFC 9213 §2.2)."""
     try:
         parsed = http_sf.parse(", ".join(lines).encode(), tltype="dictionary")
@@ -192,15 +205,22 @@ def members(fields: Iterable[str]) -> list[str]:
 
 def http_date(text: str, now: float) -> int | None:
     """Unix seconds of a date in one of HTTP's three forms; None for anything else. `now` places two-digit years."""
+    if not text or len(text) > DATE_CHARS_MAX:
+        return None
+    return _http_date(text.strip(" \t"), date.fromtimestamp(max(now, 0)).year)
+
+
+@lru_cache(REMEMBERED_MAX)
+def _http_date(text: str, this_year: int) -> int | None:
     for pattern in _DATES:
-        match = pattern.fullmatch(text.strip(" \t"))
+        match = pattern.fullmatch(text)
         if match is None:
             continue
         year, day = int(match["year"]), int(match["day"])
         hour, minute, second = int(match["hour"]), int(match["minute"]), int(match["second"])
         month = _MONTHS.index(match["month"].lower()) + 1
         if len(match["year"]) == 2:
-            year = _full_year(year, now)
+            year = _full_year(year, this_year)
         try:
             date(year, month, day)
         except ValueError:
@@ -219,11 +239,23 @@ def age_value(headers: Headers) -> int:
     return _seconds(lines[0].partition(",")[0].strip(" \t")) or 0
 
 
-def _full_year(two_digits: int, now: float) -> int:
+def _full_year(two_digits: int, this_year: int) -> int:
     """RFC 9110 §5.6.7: what would be more than 50 years ahead is the latest such year that was."""
-    this_year = date.fromtimestamp(max(now, 0)).year
     year = this_year - this_year % 100 + two_digits
     return year - 100 if year > this_year + 50 else year
+
+
+def _remembered(read: Callable[[tuple[str, ...]], Read], fields: Sequence[str]) -> Read:
+    """`read(fields)`; what most answers say, they all say alike."""
+    key = tuple(fields)
+    if sum(map(len, key)) > REMEMBERED_CHARS_MAX:
+        return read(key)
+    return cast(Read, _read_once(read, key))
+
+
+@lru_cache(REMEMBERED_MAX)
+def _read_once(read: Callable[[tuple[str, ...]], object], fields: tuple[str, ...]) -> object:
+    return read(fields)
 
 
 def _first(fields: Iterable[str]) -> dict[str, str | None]:

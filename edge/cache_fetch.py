@@ -1,10 +1,10 @@
 """What a cache asks of the origin, for whom, and what it keeps of the answer.
 
-Promise: a fetch runs by itself, so that no client's leaving harms another; it asks only for what has changed where
-something is kept; its answer is kept only whole, and only if nothing that concerns it was dropped since it was asked
-for; an answer that is not to be kept is handed to who asked first, and for a while nobody waits for the next of its
-kind; what is read ahead for all fetches together is bounded. Left to others: who joins a fetch (`cache.py`), what may
-be kept (`cache_policy.py`).
+Promise: the origin is asked only for what has changed where something is kept; the body of an answer that is shared
+comes in by itself, so that no client's leaving or slowness harms another; an answer is kept only whole, and only if
+nothing that concerns it was dropped since it was asked for; one that is not to be kept is handed to who asked first,
+and for a while nobody waits for the next of its kind; what is read ahead for all together is bounded. Left to others:
+who joins a fetch (`cache.py`), what may be kept (`cache_policy.py`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Hashable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 import aiohttp
 from aiohttp import web
@@ -23,7 +23,7 @@ from multidict import CIMultiDict
 
 from edge import interim
 from edge.cache_control import RequestDirectives
-from edge.cache_fill import Begun, Failed, Fill, Handed, Whole
+from edge.cache_fill import Abandoned, Begun, Failed, Fill, Handed, Outcome, Whole
 from edge.cache_policy import ERROR_STATUSES, Exchange, Kept, confirms, freshened, kept_answer, may_keep
 from edge.cache_store import Key, Store
 from edge.proxy import ONE_WRITE_BYTES_MAX, OriginBroken, Upstream, broken_off, is_event_stream
@@ -37,7 +37,9 @@ PASSES_MAX: Final = 65_536
 BACKGROUND_MAX: Final = 64
 """Answers checked in the background at once; beyond that a stale one is served unchecked."""
 
-Flight: TypeAlias = tuple[Key, object]
+T = TypeVar("T")
+Flight: TypeAlias = Hashable
+"""What can be joined: a key, and the values its answers are known to be chosen by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,11 @@ class Fetches:
         self._filling_bytes = 0
         self._flights: dict[Flight, Fill] = {}
         self._passes: OrderedDict[Flight, float] = OrderedDict()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._background = 0
-        self._stored = metrics.counter("edge_cache_fills_total", "Origins' answers, by what became of them.", ("kept",))
+        stored = metrics.counter("edge_cache_fills_total", "Origins' answers, by what became of them.", ("kept",))
+        self._stored_yes, self._stored_not = stored.labels("yes"), stored.labels("no")
+        self._stored_confirmed = stored.labels("confirmed")
 
     def flight(self, ask: Ask) -> Flight | None:
         """What may be waited for by all who ask this; None after an answer that was for one alone."""
@@ -104,16 +108,32 @@ class Fetches:
     def under_way(self, flight: Flight) -> Fill | None:
         return self._flights.get(flight)
 
-    def start(self, fill: Fill, ask: Ask, kept: Kept | None, flight: Flight | None) -> asyncio.Task[None]:
-        """Fetch for `ask` into `fill`; `kept` is what there is already. `flight`: who asks the same may join."""
-        headers = ask.headers()
-        if flight is not None:
-            self._flights[flight] = fill
-        fill.began = self._store.generation
-        fill.task = task = asyncio.create_task(self._fly(fill, ask, kept, flight, headers))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    async def fetch(self, fill: Fill, ask: Ask, kept: Kept | None, flight: Flight | None) -> Outcome:
+        """Fetch for `ask` into `fill`; `kept` is what there is already. `flight`: who asks the same may join. Returns
+        when it is known what the answer is; a body that may be shared comes on by itself.
+
+        A caller that is cancelled before takes the fetch with it; who joined asks anew.
+        """
+        self._take_off(fill, flight)
+        outcome: Outcome = Abandoned()
+        try:
+            headers = ask.headers()
+            answered = await self._ask(fill, ask, kept, headers)
+            if answered is None:
+                # The 304 was about another answer than ours (RFC 9111 §4.3.3): ask for the whole.
+                _condition(headers, None)
+                answered = await self._ask(fill, ask, None, headers)
+            outcome = answered or outcome
+        except OriginBroken:
+            outcome = Failed(broken_off("GET"), outage=True)
+        except Exception as exc:
+            outcome = Failed(exc, outage=isinstance(exc, Problem) and exc.kind.startswith("origin-"))
+        finally:
+            if not isinstance(outcome, Begun):
+                self._land(fill)
+                fill.end()
+            fill.resolve(outcome)
+        return outcome
 
     def check_later(self, ask: Ask, kept: Kept) -> None:
         """Refresh a stale answer in the background, unless that is under way."""
@@ -124,10 +144,14 @@ class Fetches:
         fill.led = False
         self._background += 1
 
-        def landed(task: asyncio.Task[None]) -> None:
+        def landed(task: asyncio.Task[Outcome]) -> None:
             self._background -= 1
 
-        self.start(fill, ask, kept, flight).add_done_callback(landed)
+        self._run(self.fetch(fill, ask, kept, flight)).add_done_callback(landed)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._tasks)
 
     def make_fill(self) -> Fill:
         return Fill(self._entry_bytes_max)
@@ -139,37 +163,10 @@ class Fetches:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def _fly(
-        self, fill: Fill, ask: Ask, kept: Kept | None, flight: Flight | None, headers: CIMultiDict[str]
-    ) -> None:
-        broken: Exception = OriginBroken("nobody waited for the answer any more")
-        try:
-            if not await self._fetch(fill, ask, kept, flight, headers):
-                # The 304 was about another answer than ours (RFC 9111 §4.3.3): ask for the whole.
-                _condition(headers, None)
-                await self._fetch(fill, ask, None, flight, headers)
-        except OriginBroken as exc:
-            broken = exc
-            if fill.outcome is None:
-                fill.resolve(Failed(broken_off("GET"), outage=True))
-        except Exception as exc:
-            broken = exc
-            if fill.outcome is None:
-                fill.resolve(Failed(exc, outage=isinstance(exc, Problem) and exc.kind.startswith("origin-")))
-        finally:
-            if flight is not None and self._flights.get(flight) is fill:
-                del self._flights[flight]
-            if fill.outcome is None:
-                fill.resolve(Failed(broken, outage=False))
-            fill.end(broken)
-
-    async def _fetch(
-        self, fill: Fill, ask: Ask, kept: Kept | None, flight: Flight | None, headers: CIMultiDict[str]
-    ) -> bool:
-        """Ask the origin and resolve `fill`; False if it confirmed an answer that is not `kept`."""
-        fill.began = began = self._store.generation
+    async def _ask(self, fill: Fill, ask: Ask, kept: Kept | None, headers: CIMultiDict[str]) -> Outcome | None:
+        """What the origin answers; None if it confirmed an answer that is not `kept`."""
+        fill.began = self._store.generation
         asked_at = self._clock.monotonic()
-        checking = kept is not None and kept.validated
         if kept is not None or not ask.single:
             _condition(headers, kept)
         exchanging = self._upstream.exchange(
@@ -183,31 +180,38 @@ class Fetches:
             answer = await stack.enter_async_context(exchanging)
             ask.check(answer.status)
             exchange = ask.exchange(asked_at, self._clock)
-            if answer.status == 304 and checking and kept is not None:
-                if not confirms(kept, answer.headers):
-                    return False
-                fresh = freshened(kept, answer.headers, exchange)
-                stored = may_keep(fresh, exchange) and self._store.put(ask.key, fresh, began)
-                if not stored:
-                    self._store.drop(ask.key, kept)
-                self._stored.labels("confirmed" if stored else "no").inc()
-                fill.end()
-                fill.resolve(Whole(fresh, stored, 304))
-                return True
+            if answer.status == 304 and kept is not None and kept.validated:
+                return self._confirmed(fill, ask, kept, answer, exchange)
             made = self._to_keep(answer, exchange)
             if made is None:
-                self._pass(ask, kept, flight, answer)
-                if fill.led:
-                    fill.resolve(Handed(answer, answer.status, stack.pop_all()))
-                else:
-                    fill.resolve(Failed(OriginBroken("an answer for nobody"), outage=False))
-                fill.end()
-                return True
+                self._pass(ask, kept, fill.flight, answer)
+                return Handed(answer, answer.status, stack.pop_all()) if fill.led else Abandoned()
             self._store.varies(ask.key, made.vary)
-            if flight is not None:
-                self._passes.pop(flight, None)
-            await self._receive(fill, ask, flight, answer, made, began)
-            return True
+            if fill.flight is not None:
+                self._passes.pop(fill.flight, None)
+                # By what it is chosen by, now that this is known: who asks for another variant does not wait for it.
+                self._take_off(fill, (ask.key, self._store.chosen_by(ask.key, ask.request)))
+            length = 0 if made.status == 204 else answer.content_length
+            first = b""
+            if length is not None and length <= ONE_WRITE_BYTES_MAX:
+                first = await self._upstream.read(answer) if length else b""
+                if len(first) == length:
+                    whole = dataclasses.replace(made, body=first)
+                    return Whole(whole, self._keep(ask.key, whole, fill.began), made.status)
+            fill.task = self._run(self._pump(fill, ask.key, stack.pop_all(), answer, made, first))
+            return Begun(made, length)
+
+    def _confirmed(
+        self, fill: Fill, ask: Ask, kept: Kept, answer: aiohttp.ClientResponse, exchange: Exchange
+    ) -> Whole | None:
+        if not confirms(kept, answer.headers):
+            return None
+        fresh = freshened(kept, answer.headers, exchange)
+        stored = may_keep(fresh, exchange) and self._store.put(ask.key, fresh, fill.began)
+        if not stored:
+            self._store.drop(ask.key, kept)
+        (self._stored_confirmed if stored else self._stored_not).inc()
+        return Whole(fresh, stored, 304)
 
     def _to_keep(self, answer: aiohttp.ClientResponse, exchange: Exchange) -> Kept | None:
         length = answer.content_length or 0
@@ -219,7 +223,7 @@ class Fetches:
 
     def _pass(self, ask: Ask, kept: Kept | None, flight: Flight | None, answer: aiohttp.ClientResponse) -> None:
         """An answer that is not kept: what it takes the place of goes, and nobody waits for the next one."""
-        self._stored.labels("no").inc()
+        self._stored_not.inc()
         if answer.status in ERROR_STATUSES:
             return
         if kept is not None and answer.status != 304:
@@ -230,55 +234,70 @@ class Fetches:
             if len(self._passes) > PASSES_MAX:
                 self._passes.popitem(last=False)
 
-    async def _receive(
+    async def _pump(
         self,
         fill: Fill,
-        ask: Ask,
-        flight: Flight | None,
+        key: Key,
+        stack: AsyncExitStack,
         answer: aiohttp.ClientResponse,
         made: Kept,
-        began: int,
+        chunk: bytes,
     ) -> None:
-        length = 0 if made.status == 204 else answer.content_length
-        first = b""
-        if length is not None and length <= ONE_WRITE_BYTES_MAX:
-            first = await self._upstream.read(answer) if length else b""
-            if len(first) == length:
-                whole = dataclasses.replace(made, body=first)
-                stored = self._keep(ask.key, whole, began)
-                fill.end()
-                fill.resolve(Whole(whole, stored, made.status))
-                return
-        fill.resolve(Begun(made, length))
+        """Take in the body of an answer, of which `chunk` is here, and keep it if that can be done."""
+        broken: Exception | None = OriginBroken("nobody waited for the answer any more")
         counted = 0
         try:
-            chunk = first or await self._upstream.read(answer)
-            while chunk:
-                fill.feed(chunk)
-                if fill.keeps:
-                    counted += len(chunk)
-                    self._filling_bytes += len(chunk)
-                    if self._filling_bytes > self._filling_bytes_max:
-                        fill.let_go()
-                if not fill.keeps:
-                    self._filling_bytes -= counted
-                    counted = 0
-                    if flight is not None and self._flights.get(flight) is fill:
-                        del self._flights[flight]
-                    await fill.room()
-                chunk = await self._upstream.read(answer)
+            async with stack:
+                fill.flowing = True
+                chunk = chunk or await self._upstream.read(answer)
+                while chunk and fill.wanted:
+                    fill.feed(chunk)
+                    if fill.keeps:
+                        counted += len(chunk)
+                        self._filling_bytes += len(chunk)
+                        if self._filling_bytes > self._filling_bytes_max:
+                            fill.let_go()
+                    if not fill.keeps:
+                        self._filling_bytes -= counted
+                        counted = 0
+                        self._land(fill)
+                        await fill.room()
+                    chunk = await self._upstream.read(answer)
+                if not chunk:
+                    broken = None
+                    if fill.keeps:
+                        self._keep(key, dataclasses.replace(made, body=fill.body()), fill.began)
+                    else:
+                        self._stored_not.inc()
+        except OriginBroken as exc:
+            broken = exc
         finally:
             self._filling_bytes -= counted
-        if fill.keeps:
-            self._keep(ask.key, dataclasses.replace(made, body=fill.body()), began)
-        else:
-            self._stored.labels("no").inc()
-        fill.end()
+            self._land(fill)
+            fill.end(broken)
 
     def _keep(self, key: Key, kept: Kept, began: int) -> bool:
         stored = self._store.put(key, kept, began)
-        self._stored.labels("yes" if stored else "no").inc()
+        (self._stored_yes if stored else self._stored_not).inc()
         return stored
+
+    def _take_off(self, fill: Fill, flight: Flight | None) -> None:
+        """Who asks this may join, unless there is another to join already."""
+        self._land(fill)
+        fill.flight = flight
+        if flight is not None:
+            self._flights.setdefault(flight, fill)
+
+    def _land(self, fill: Fill) -> None:
+        """Nobody else may join."""
+        if fill.flight is not None and self._flights.get(fill.flight) is fill:
+            del self._flights[fill.flight]
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _condition(headers: CIMultiDict[str], kept: Kept | None) -> None:

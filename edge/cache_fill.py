@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Hashable
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -61,22 +61,33 @@ class Failed:
     """The origin could not be reached, or broke off."""
 
 
-Outcome: TypeAlias = Whole | Begun | Handed | Failed
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """Who asked left before the answer began, or it was of no use: whoever else wants it asks anew."""
+
+
+Outcome: TypeAlias = Whole | Begun | Handed | Failed | Abandoned
 
 
 class Fill:
-    """One flight. Its task resolves `outcome` first, then feeds the body and ends."""
+    """One fetch, resolved first, then fed a body by its task, and ended."""
 
     def __init__(self, bytes_max: int) -> None:
         self.outcome: Outcome | None = None
         self.task: asyncio.Task[None] | None = None
         self.broken: Exception | None = None
         """Why the body ended early, once it has."""
+        self.flight: Hashable = None
+        """What it is known by to those who may join."""
         self.began = 0
         """The store's generation when the origin was asked."""
         self.ended = False
         self.led = True
-        """Whether there is still somebody to hand an answer to that is not for all."""
+        """Whether there is somebody to hand an answer to that is not for all."""
+        self.unattended = False
+        """Whether it is read to its end, to be kept, when nobody is left who waits for it."""
+        self.flowing = False
+        """Its task has begun, and can be cancelled without losing the connection it holds."""
         self.size = 0
         self.keeps = True
         """False once the body has become too large to be kept."""
@@ -92,20 +103,25 @@ class Fill:
     def readers(self) -> int:
         return len(self._readers)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether it is worth reading on."""
+        return bool(self._readers) or (self.unattended and self.keeps)
+
     @contextmanager
     def join(self) -> Generator[Reader]:
         """Take part from the body's first byte on. Only before a byte was let go of."""
         reader = Reader(self)
         self._readers.add(reader)
-        gone = True
         try:
             yield reader
-            gone = False
         finally:
             self._readers.discard(reader)
             self._trim()
-            if gone and not self._readers and not self.ended and self.task is not None:
-                self.task.cancel()
+            if not self.wanted:
+                self.wake()
+                if self.flowing and not self.ended and self.task is not None:
+                    self.task.cancel()
 
     @property
     def can_be_joined(self) -> bool:
@@ -183,6 +199,10 @@ class Reader:
         self.taken = 0
         """Chunks."""
 
+    def keep_going(self) -> None:
+        """It is read to its end for the cache, though this reader needs no more of it."""
+        self._fill.unattended = True
+
     async def outcome(self) -> Outcome:
         while self._fill.outcome is None:
             await self._fill.changed()
@@ -200,6 +220,6 @@ class Reader:
             elif not fill.ended:
                 await fill.changed()
             elif fill.broken is not None:
-                raise fill.broken
+                raise fill.broken.with_traceback(None)
             else:
                 return

@@ -26,7 +26,7 @@ from edge.cache_control import (
     members,
     response_directives,
 )
-from edge.headers import CACHE_STATUS, Headers, claims_identity, end_to_end, for_client
+from edge.headers import CACHE_STATUS, Headers, claims_identity, end_to_end, shown
 
 HEURISTIC_FRACTION: Final = 0.1
 """Of the time since Last-Modified, for which an answer without a lifetime counts as fresh (RFC 9111 §4.2.2)."""
@@ -152,7 +152,7 @@ def judge(kept: Kept, wishes: RequestDirectives, now: float) -> Use:
         return Use.FRESH
     if rules.must_revalidate or rules.proxy_revalidate:
         return Use.CHECK
-    if -left <= rules.stale_while_revalidate and wishes.max_age is None and wishes.min_fresh is None:
+    if 0 < rules.stale_while_revalidate >= -left and wishes.max_age is None and wishes.min_fresh is None:
         return Use.REVALIDATING
     if wishes.max_stale is not None and -left <= wishes.max_stale and rules.s_maxage is None:
         return Use.STALE
@@ -179,7 +179,12 @@ def kept_answer(status: int, reason: str | None, headers: Headers, exchange: Exc
     """What may be kept of an answer, its body still empty; None if nothing may (RFC 9111 §3)."""
     if status < 200 or status in (206, 304):
         return None
+    rules = response_directives(headers)
+    if rules.no_store and not rules.must_understand:
+        return None  # as most that may not be kept say
     kept = _make(status, reason, end_to_end(headers), exchange, age_value(headers))
+    if (kept.directives, kept.vary) != (rules, vary_names(headers)):
+        return None  # Connection lists what says how to keep it: it would not be there the next time
     return kept if may_keep(kept, exchange) else None
 
 
@@ -278,7 +283,7 @@ def _make(status: int, reason: str | None, source: CIMultiDict[str], exchange: E
     # RFC 9111 §4.2.3
     apparent_s = max(0, int(wall) - date)
     corrected_s = age_value_s + max(0.0, now - exchange.asked_at)
-    headers = for_client(source)
+    headers = shown(source)
     hidden = rules.not_reused if exchange.private else rules.not_reused | rules.not_shared
     for name in ("Age", "Content-Length", CACHE_STATUS, *hidden):
         headers.popall(name, None)

@@ -80,6 +80,8 @@ class Store:
     def varies(self, key: Key, names: tuple[str, ...]) -> None:
         """Answers to `key` are chosen by these request fields: known from an answer's first byte on, so that who waits
         for it waits only for what may fit."""
+        if not names:
+            return
         known = self._varied.pop(key, ())
         self._varied[key] = (names, *(other for other in known if other != names))[:VARY_NAMES_MAX]
         if len(self._varied) > VARIED_MAX:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final, TypeAlias
 
 from aiohttp import web
@@ -48,6 +49,8 @@ HOP_BY_HOP: Final = frozenset(
 _REWRITTEN: Final = frozenset(
     {"host", "expect", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "via", "traceparent"}
 )
+NAMES_REMEMBERED: Final = 4096
+"""Field names whose judgement need not be made again."""
 _SPOOFABLE: Final = frozenset({"remote-email", "remote-groups", "remote-name", "remote-user"})
 _ANSWERED: Final = POSITION_HEADER.lower()
 """Means something in an answer, and is nothing that a client could state."""
@@ -57,6 +60,7 @@ _FOR_CACHES: Final = frozenset({"surrogate-key", "cache-tag", "weft-cdn-cache-co
 """What an origin says to this cache and to nobody behind it."""
 
 
+@lru_cache(NAMES_REMEMBERED)
 def claims_identity(name: str) -> bool:
     """Whether a header of this name is ever to be taken from a client."""
     plain = name.lower().replace("_", "-")
@@ -114,11 +118,17 @@ def for_fill(*, identity: str | None, freshness: CIMultiDict[str]) -> CIMultiDic
 
 def for_client(headers: Headers) -> CIMultiDict[str]:
     """The headers of an origin's answer that its client may see, and ours."""
-    kept = end_to_end(headers)
+    return shown(end_to_end(headers))
+
+
+def shown(kept: CIMultiDict[str]) -> CIMultiDict[str]:
+    """What a client may see of headers that may be kept: a copy."""
+    headers = kept.copy()
     for name in _FOR_CACHES:
-        kept.popall(name, None)
-    kept["Via"] = ", ".join((*headers.getall("Via", []), VIA))
-    return kept
+        if name in headers:
+            del headers[name]
+    headers["Via"] = ", ".join((*headers.getall("Via", ()), VIA))
+    return headers
 
 
 def end_to_end(headers: Headers) -> CIMultiDict[str]:
@@ -126,10 +136,14 @@ def end_to_end(headers: Headers) -> CIMultiDict[str]:
     dropped = _connection_listed(headers)
     kept: CIMultiDict[str] = CIMultiDict()
     for name, value in headers.items():
-        lower = name.lower()
-        if not (lower in HOP_BY_HOP or lower in dropped or claims_identity(lower)):
+        if not _of_one_hop(name) and not (dropped and name.lower() in dropped):
             kept.add(name, value)
     return kept
+
+
+@lru_cache(NAMES_REMEMBERED)
+def _of_one_hop(name: str) -> bool:
+    return name.lower() in HOP_BY_HOP or claims_identity(name)
 
 
 def _describe(headers: CIMultiDict[str], identity: str | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
 
@@ -17,6 +17,7 @@ from tests.support.fakeclock import FakeClock
 if TYPE_CHECKING:
     from tests.edge.conftest import RunningEdge
 
+T = TypeVar("T", bound="Origin")
 Fields = Iterable[tuple[str, str | int]]
 DATES = frozenset({"date", "expires", "last-modified", "if-modified-since"})
 
@@ -69,6 +70,10 @@ class Origin:
     def count(self, target: str) -> int:
         return sum(asked.target == target for asked in self.asked)
 
+    def answer_to(self, asked: Asked) -> Answer:
+        queue = self.answers.get(asked.target) or self.answers.get("*") or [Answer(status=404)]
+        return queue.pop(0) if len(queue) > 1 else queue[0]
+
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while await self._once(reader, writer):
@@ -88,8 +93,7 @@ class Origin:
         self.asked.append(asked)
         if self.down:
             return False
-        queue = self.answers.get(target) or self.answers.get("*") or [Answer(status=404)]
-        answer = queue.pop(0) if len(queue) > 1 else queue[0]
+        answer = self.answer_to(asked)
         if answer.before is not None:
             await answer.before.wait()
         writer.write(answer.interim + self._head(answer, bodyless=answer.status in (204, 304)))
@@ -122,8 +126,7 @@ class Origin:
 
 
 @asynccontextmanager
-async def running_origin(clock: FakeClock) -> AsyncIterator[Origin]:
-    origin = Origin(clock)
+async def running_origin(origin: T) -> AsyncIterator[T]:
     server = await asyncio.start_server(origin.serve, "127.0.0.1", 0)
     origin.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:

@@ -385,7 +385,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 async def origin(clock: FakeClock) -> AsyncIterator[Origin]:
-    async with running_origin(clock) as origin:
+    async with running_origin(Origin(clock)) as origin:
         yield origin
 
 
