@@ -43,6 +43,7 @@ from edge.proxy import (
 )
 from edge.revocation import ITEMS_MAX, Revocations
 from edge.threads import THREADS_PATH, ask_of, freshness_of, kind_of, thread_of
+from edge.wire import Wire, WireLimits
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IdentityError, IdentitySigner, IdentityVerifier, Principal, load_peer_key
 from infra.metrics import Metrics
@@ -100,6 +101,7 @@ class Edge:
         self._rules = PathRules(edge.public)
         self.metrics = Metrics()
         self._refused = self.metrics.counter("edge_auth_failures_total", "Requests not let in, by reason.", ("reason",))
+        self.wire = Wire(WireLimits.of(edge), self.metrics, clock=clock)
         self._session = make_session()
         self.balancer = Balancer(origins, clock=clock)
         self.presence = Presence()
@@ -205,7 +207,10 @@ class Edge:
 
     async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
         """For `app.cleanup_ctx`: the background work."""
-        work: dict[str, Coroutine[Any, Any, None]] = {"presence": self.presence.run(self._lifecycle.draining)}
+        work: dict[str, Coroutine[Any, Any, None]] = {
+            "presence": self.presence.run(self._lifecycle.draining),
+            "wire": self.wire.run(),
+        }
         if self.feed is not None:
             work["feed"] = self.feed.run()
         for issuer, keys in self._keys.items():
@@ -408,11 +413,15 @@ EDGE: Final = web.AppKey("edge", Edge)
 async def build_app(
     settings: Settings, lifecycle: Lifecycle, *, clock: Clock = SYSTEM_CLOCK, rng: Random | None = None
 ) -> web.Application:
-    """The edge's application, to be served with `auto_decompress=False`. SettingsError, IdentityKeyError."""
+    """The edge's application, to be served behind its `Edge.wire` with `auto_decompress=False`.
+
+    SettingsError, IdentityKeyError.
+    """
     edge = Edge(settings, lifecycle, clock=clock, rng=rng)
     app = web.Application(
         middlewares=[
             cut_quietly,
+            edge.wire.middleware,
             trace_middleware,
             edge.metrics.middleware(),
             problem_middleware(lambda exc: None),

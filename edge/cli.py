@@ -81,6 +81,7 @@ async def run_edge(settings: Settings, *, worker: bool = False) -> int:
             drain_seconds=settings.edge.drain_s,
             reuse_port=worker,
             auto_decompress=False,
+            front=app[EDGE].wire,
             on_ready=lambda host, port: log.info("edge listening", extra={"fields": {"host": host, "port": port}}),
         )
     finally:

@@ -16,7 +16,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import orjson
 from aiohttp import web
@@ -25,6 +25,7 @@ from aiohttp.typedefs import Handler
 
 KEEPALIVE_S: Final = 75.0
 """Longer than the idle time of our own clients, so that they, not the server, close an idle connection."""
+_FOR_EVER_S: Final = 1e8
 GRACE_S: Final = 0.2
 """How long a draining server still takes connections, so that balancers see /readyz turn before they are
 refused.
@@ -127,6 +128,26 @@ class Lifecycle:
         return f"<Lifecycle {state}, {self.in_flight} in flight, checks {self._statuses}>"
 
 
+class Front(Protocol):
+    """Stands between clients' connections and aiohttp: it keeps the time of idle connections, and closes them."""
+
+    def over(self, server: web.Server) -> Callable[[], asyncio.Protocol]:
+        """The protocol factory to listen with."""
+        ...
+
+    def drain(self) -> None:
+        """Close what is idle, and the rest when its answer is written. Idempotent."""
+        ...
+
+    async def flushed(self) -> None:
+        """Return when every answer is in the kernel's hands."""
+        ...
+
+    def close(self) -> None:
+        """Cut every connection."""
+        ...
+
+
 def add_health_routes(app: web.Application, lifecycle: Lifecycle) -> None:
     """`GET /healthz`: 200 while the process lives. `GET /readyz`: 200 or 503
     `{"ready":bool,"checks":{name:"ok"|reason}}`.
@@ -161,13 +182,14 @@ async def serve(
     grace_seconds: float = GRACE_S,
     reuse_port: bool = False,
     auto_decompress: bool = True,
+    front: Front | None = None,
     on_ready: Callable[[str, int], None] | None = None,
 ) -> int:
     """Serve `app` until SIGTERM or SIGINT, then drain; the exit status (0).
 
     `on_ready(host, port)` is called once connections are taken, with the real port when 0 was asked for. A
-    proxy passes `auto_decompress=False` to see request bodies as they were sent. Raises AddressError before
-    the application starts.
+    proxy passes `auto_decompress=False` to see request bodies as they were sent. `front` takes the connections, if
+    there is one. Raises AddressError before the application starts.
     """
     sockets = await _bind(host, port, reuse_port=reuse_port)
     stop = asyncio.Event()
@@ -198,7 +220,7 @@ async def serve(
     runner = web.AppRunner(
         app,
         access_log=None,
-        keepalive_timeout=KEEPALIVE_S,
+        keepalive_timeout=KEEPALIVE_S if front is None else _FOR_EVER_S,
         shutdown_timeout=CUT_S,
         max_line_size=HEADER_LINE_BYTES_MAX,
         max_field_size=HEADER_LINE_BYTES_MAX,
@@ -209,9 +231,10 @@ async def serve(
     try:
         await runner.setup()
         assert runner.server is not None
+        factory = runner.server if front is None else front.over(runner.server)
         for sock in sockets:
             try:
-                servers.append(await loop.create_server(runner.server, sock=sock, backlog=BACKLOG))
+                servers.append(await loop.create_server(factory, sock=sock, backlog=BACKLOG))
             except OSError as exc:
                 raise _address_error(host, port, exc) from exc
         if on_ready is not None:
@@ -225,7 +248,9 @@ async def serve(
         for server in servers:
             server.close()
         for connection in late:
-            await loop.connect_accepted_socket(runner.server, connection)
+            await loop.connect_accepted_socket(factory, connection)
+        if front is not None:
+            front.drain()
         # aiohttp's own shutdown stops reading from every connection at once, which would starve an upload
         # under way: it is called only when nothing is left, or when time is up.
         deadline = loop.time() + drain_seconds
@@ -235,8 +260,12 @@ async def serve(
         # The handlers are done, their answers may still be on the way to slow readers.
         runner.server.pre_shutdown()
         await _first(hurry.wait(), runner.server.shutdown(max(CUT_S, deadline - loop.time())))
+        if front is not None:
+            await _first(hurry.wait(), asyncio.sleep(max(CUT_S, deadline - loop.time())), front.flushed())
         return 0
     finally:
+        if front is not None:
+            front.close()
         for server in servers:
             server.close()
         for sock in sockets:

@@ -118,6 +118,7 @@ Interval = Annotated[float, Meta(ge=0, le=31 * 86_400, description="seconds, fro
 Lifetime = Annotated[float, Meta(gt=0, le=3_660 * 86_400, description="seconds, over 0 and at most 316224000")]
 Bytes = Annotated[int, Meta(ge=1024, le=1 << 40, description="a number of bytes, at least 1024")]
 Count = Annotated[int, Meta(ge=1, le=1 << 31, description="a whole number, at least 1")]
+CountOrNone = Annotated[int, Meta(ge=0, le=1 << 31, description="a whole number, 0 or more")]
 Processes = Annotated[int, Meta(ge=1, le=256, description="a whole number from 1 to 256")]
 PublicPrefix = Annotated[
     str,
@@ -198,6 +199,16 @@ class EdgeSettings(Struct, frozen=True):
     """How long past its time an answer may stand in for an origin that does not answer."""
     drain_s: SecondsOrNone = 10.0
     origin_timeout_s: Seconds = 30.0
+    header_deadline_s: Seconds = 10.0
+    body_deadline_s: Seconds = 30.0
+    """From then on a body must have come at 1 KiB a second on average."""
+    keepalive_s: Seconds = 75.0
+    """How long an idle connection is kept."""
+    write_deadline_s: Seconds = 30.0
+    """How long a client may leave an answer unread."""
+    connections_max: Count = 16_384
+    connections_per_address_max: CountOrNone = 0
+    """0: only the limit of all together."""
 
 
 class IssuerSettings(Struct, frozen=True):

@@ -22,7 +22,7 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from edge.app import EDGE, Edge, build_app
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IDENTITY_HEADER, SERVER_IDENTITY_HEADER, IdentitySigner, IdentityVerifier, write_peer_key
-from infra.server import HEADER_LINE_BYTES_MAX, Lifecycle
+from infra.server import HEADER_LINE_BYTES_MAX, Front, Lifecycle
 from infra.settings import AuthSettings, EdgeSettings, IssuerSettings, RegionSettings, Settings, SyncSettings
 from tests.edge.cacheorigin import Origin, running_origin
 from tests.support.fakeclock import FakeClock
@@ -44,16 +44,20 @@ async def until(condition: Callable[[], object], what: str = "") -> None:
 
 
 @asynccontextmanager
-async def serving(app: web.Application, **options: Any) -> AsyncIterator[int]:
+async def serving(app: web.Application, front: Front | None = None, **options: Any) -> AsyncIterator[int]:
     """`app` on a free port of this machine, run as `infra.server` runs it: a client that leaves cancels no handler."""
     limits = {"max_line_size": HEADER_LINE_BYTES_MAX, "max_field_size": HEADER_LINE_BYTES_MAX}
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, **limits, **options)
     await runner.setup()
+    assert runner.server is not None
+    factory = runner.server if front is None else front.over(runner.server)
+    server = await asyncio.get_running_loop().create_server(factory, "127.0.0.1", 0)
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield runner.addresses[0][1]
+        yield server.sockets[0].getsockname()[1]
     finally:
+        server.close()
+        if front is not None:
+            front.close()
         await runner.cleanup()
 
 
@@ -367,7 +371,7 @@ async def start_edge(signer: Signer, jwks_file: Path, peer_key_file: Path) -> As
             )
             lifecycle = Lifecycle()
             app = await build_app(settings, lifecycle, clock=clock)
-            port = await stack.enter_async_context(serving(app, auto_decompress=False))
+            port = await stack.enter_async_context(serving(app, app[EDGE].wire, auto_decompress=False))
             client = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
             url = f"http://127.0.0.1:{port}"
             running = RunningEdge(app[EDGE], lifecycle, url, port, client, signer, signer.token())
