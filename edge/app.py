@@ -27,6 +27,7 @@ from edge.cache import HttpCache
 from edge.coherent import ENTRY_BYTES_MAX, Ask, Coherent, Fetched
 from edge.feed import Feed
 from edge.headers import CACHE_STATUS, POSITION_HEADER, for_client, for_fill, for_origin, position_of
+from edge.hops import METHODS, TrustedProxies, check_way
 from edge.jwks import FileSource, IssuerKeys, UrlSource
 from edge.notices import TOKEN, EdgeNotices
 from edge.paths import Access, PathRules
@@ -43,6 +44,7 @@ from edge.proxy import (
 )
 from edge.revocation import ITEMS_MAX, Revocations
 from edge.threads import THREADS_PATH, ask_of, freshness_of, kind_of, thread_of
+from edge.timing import add_timing, timing_middleware
 from edge.wire import Wire, WireLimits
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IdentityError, IdentitySigner, IdentityVerifier, Principal, load_peer_key
@@ -99,6 +101,7 @@ class Edge:
         self._region = settings.region
         self._body_bytes_max = settings.server.body_bytes_max
         self._rules = PathRules(edge.public)
+        self._trusted = TrustedProxies(edge.trusted_proxies)
         self.metrics = Metrics()
         self._refused = self.metrics.counter("edge_auth_failures_total", "Requests not let in, by reason.", ("reason",))
         self.wire = Wire(WireLimits.of(edge), self.metrics, clock=clock)
@@ -157,11 +160,13 @@ class Edge:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Every request that is not for the edge's own health or metrics."""
         if request.method in _NO_METHODS:
-            allowed = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-            raise Problem(405, "method-not-allowed", f"{request.method} is not served.", headers={"Allow": allowed})
+            detail = f"{request.method} is not served."
+            raise Problem(405, "method-not-allowed", detail, headers={"Allow": METHODS})
         if "Expect" in request.headers and not _expects_continue(request):
             raise Problem(417, "expectation-failed", "The only expectation understood is 100-continue.")
         check_declared_size(request, self._body_bytes_max)
+        if (answer := check_way(request)) is not None:
+            return answer
         path = target_of(request).partition("?")[0]
         access = self._rules.access(path)
         if access is Access.NEVER:
@@ -170,7 +175,7 @@ class Edge:
             return await self.cache.handle(
                 request,
                 None,
-                headers=lambda: for_origin(request, identity=None, keep_authorization=True),
+                headers=lambda: self._headers(request, None, keep_authorization=True),
                 authorized=True,
             )
         verified = await self._authenticate(request)
@@ -255,7 +260,7 @@ class Edge:
             return await self.cache.handle(
                 request,
                 (principal.issuer, principal.subject, principal.team),
-                headers=lambda: for_origin(request, identity=self._identity(principal)),
+                headers=lambda: self._headers(request, self._identity(principal)),
                 check=self._check_believed,
                 on_answer=on_answer,
                 headers_timeout_s=headers_timeout_s,
@@ -268,7 +273,7 @@ class Edge:
 
         return await self._proxy.forward(
             request,
-            for_origin(request, identity=self._identity(principal)),
+            self._headers(request, self._identity(principal)),
             answer_headers=CIMultiDict({CACHE_STATUS: cache_status}),
             on_answer=check,
             headers_timeout_s=headers_timeout_s,
@@ -320,6 +325,12 @@ class Edge:
         finally:
             if not answered:
                 coherent.wrote(principal, thread_id, None)
+
+    def _headers(
+        self, request: web.Request, identity: str | None, *, keep_authorization: bool = False
+    ) -> CIMultiDict[str]:
+        trusted = self._trusted.sent(request)
+        return for_origin(request, identity=identity, keep_authorization=keep_authorization, trusted=trusted)
 
     def _identity(self, principal: Principal) -> str | None:
         if self._signer is None:
@@ -423,6 +434,7 @@ async def build_app(
             cut_quietly,
             edge.wire.middleware,
             trace_middleware,
+            timing_middleware,
             edge.metrics.middleware(),
             problem_middleware(lambda exc: None),
         ]
@@ -433,7 +445,7 @@ async def build_app(
     for template in TEMPLATES:
         app.router.add_route("*", template, edge.handle, expect_handler=edge.expect)
     app.cleanup_ctx.append(edge.lifespan)
-    app.on_response_prepare.append(drop_server_software)
+    app.on_response_prepare.extend((drop_server_software, add_timing))
     return app
 
 

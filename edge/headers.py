@@ -1,8 +1,9 @@
 """Which headers cross the edge, and which the edge writes itself.
 
 Promise: what belongs to one connection stays on it (RFC 9110 §7.6.1, headers that `Connection` lists included);
-nothing by which a client could claim to be someone, in whatever spelling, reaches the region; nothing internal reaches
-a client. Left to others: the values of identity (`infra/identity.py`) and the body's framing (aiohttp).
+nothing by which a client could claim to be someone, in whatever spelling, reaches the region; nothing internal, and
+nothing that would command a server before us, reaches a client. Left to others: the values of identity
+(`infra/identity.py`), the way a request took (`hops.py`), and the body's framing (aiohttp).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Final, TypeAlias
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from edge.hops import PSEUDONYM, forwards_left, says_where_from, via, where_from
 from infra.identity import IDENTITY_HEADER, is_identity_header
 from infra.trace import current_trace
 
@@ -27,7 +29,7 @@ VERSION_HEADER: Final = "X-Sync-Version"
 MIN_VERSION_HEADER: Final = "X-Sync-Min-Version"
 """Of a client's request for a thread: the answer may be from no earlier than this version."""
 CACHE_STATUS: Final = "Cache-Status"
-VIA: Final = "1.1 weft"
+VIA: Final = f"1.1 {PSEUDONYM}"
 
 Headers: TypeAlias = CIMultiDict[str] | CIMultiDictProxy[str]
 
@@ -46,9 +48,9 @@ HOP_BY_HOP: Final = frozenset(
     }
 )
 # Written anew for each hop: by aiohttp, or below.
-_REWRITTEN: Final = frozenset(
-    {"host", "expect", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "via", "traceparent"}
-)
+_REWRITTEN: Final = frozenset({"host", "expect", "via", "traceparent"})
+# A CGI-like origin reads `Content_Length` as Content-Length: in this spelling none of them is ever honest.
+_NEVER_MISSPELT: Final = HOP_BY_HOP | _REWRITTEN | {"authorization", "content-length", "content-type", "cookie"}
 NAMES_REMEMBERED: Final = 4096
 """Field names whose judgement need not be made again."""
 _SPOOFABLE: Final = frozenset({"remote-email", "remote-groups", "remote-name", "remote-user"})
@@ -56,6 +58,9 @@ _ANSWERED: Final = POSITION_HEADER.lower()
 """Means something in an answer, and is nothing that a client could state."""
 _VERSION: Final = re.compile(r"([0-9]{1,15})\.([0-9]{1,15})")
 _SPOOFABLE_PREFIXES: Final = ("x-weft-", "x-auth-request-", "x-remote-")
+_COMMANDS: Final = ("x-accel-", "x-sendfile", "x-reproxy-", "x-lighttpd-send-")
+"""By these an application tells the server before it to fetch or send something else; behind us that is nobody's
+business but ours. `X-Accel-Buffering` only says that an answer is to flow."""
 _FOR_CACHES: Final = frozenset({"surrogate-key", "cache-tag", "weft-cdn-cache-control"})
 """What an origin says to this cache and to nobody behind it."""
 
@@ -81,28 +86,32 @@ def version_of(text: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match is not None else None
 
 
-def for_origin(request: web.BaseRequest, *, identity: str | None, keep_authorization: bool = False) -> CIMultiDict[str]:
+def for_origin(
+    request: web.BaseRequest, *, identity: str | None, keep_authorization: bool = False, trusted: bool = False
+) -> CIMultiDict[str]:
     """The headers that go on with `request`: the client's own, cleaned, and what the edge says about it.
 
-    `identity` is the token of the verified user. The client's Authorization goes on only if `keep_authorization`.
+    `identity` is the token of the verified user. The client's Authorization goes on only if `keep_authorization`, and
+    what it says about where it comes from only if it is `trusted`.
     """
     dropped = _connection_listed(request.headers)
     headers: CIMultiDict[str] = CIMultiDict()
     for name, value in request.headers.items():
         lower = name.lower()
+        plain = lower.replace("_", "-")
         if lower in HOP_BY_HOP or lower in _REWRITTEN or lower in dropped or claims_identity(lower):
+            continue
+        if (plain != lower and plain in _NEVER_MISSPELT) or says_where_from(plain) or plain == _ANSWERED:
             continue
         if lower == "authorization" and not keep_authorization:
             continue
-        if lower.replace("_", "-") == _ANSWERED:
-            continue
         headers.add(name, value)
-    if request.remote:
-        earlier = request.headers.getall("X-Forwarded-For", [])
-        headers["X-Forwarded-For"] = ", ".join((*earlier, request.remote))
-    headers["X-Forwarded-Host"] = request.headers.get("Host", "")
-    headers["X-Forwarded-Proto"] = request.scheme
-    headers["Via"] = ", ".join((*request.headers.getall("Via", []), VIA))
+    for name, value in where_from(request, trusted=trusted).items():
+        if not claims_identity(name):
+            headers.add(name, value)
+    headers["Via"] = via(request)
+    if (left := forwards_left(request)) is not None:
+        headers["Max-Forwards"] = left
     _describe(headers, identity)
     return headers
 
@@ -143,7 +152,9 @@ def end_to_end(headers: Headers) -> CIMultiDict[str]:
 
 @lru_cache(NAMES_REMEMBERED)
 def _of_one_hop(name: str) -> bool:
-    return name.lower() in HOP_BY_HOP or claims_identity(name)
+    lower = name.lower()
+    commands = lower.startswith(_COMMANDS) and lower != "x-accel-buffering"
+    return commands or lower in HOP_BY_HOP or claims_identity(name)
 
 
 def _describe(headers: CIMultiDict[str], identity: str | None) -> None:

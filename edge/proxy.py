@@ -13,6 +13,7 @@ import asyncio
 import logging
 import socket
 import struct
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Final, Literal
@@ -22,7 +23,7 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from edge import interim
+from edge import interim, timing
 from edge.balancer import Balancer, Origin
 from edge.headers import for_client
 from infra.metrics import Metrics
@@ -51,8 +52,13 @@ ONE_WRITE_BYTES_MAX: Final = 64 * 1024
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 IDEMPOTENT_METHODS: Final = SAFE_METHODS | {"PUT", "DELETE"}
-NOT_NOW: Final = frozenset({429, 502, 503, 507})
-"""Answers that tell a client that nothing was written."""
+REPEATED: Final = frozenset({404, 409, 410, 412, 429, 502, 503, 507})
+"""Answers to a repeated write from which a client would learn the wrong thing: that nothing was written, or that the
+thread is gone or at another version, where the first attempt may be what did it."""
+RETRY_SHARE: Final = 0.2
+RETRIES_MAX: Final = 100
+"""Of all requests a fifth may be sent again, and so many at once (connections that a restarting origin closed): an
+origin that fails them all must not get twice the load for it."""
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +191,29 @@ class Present:
         return True
 
 
+class RetryBudget:
+    """How often requests may be sent again: `share` of them, saved up to `burst`."""
+
+    def __init__(self, share: float = RETRY_SHARE, burst: float = RETRIES_MAX) -> None:
+        self._share = share
+        self._burst = burst
+        self._left = burst
+
+    def earn(self) -> None:
+        """A request was sent for the first time."""
+        self._left = min(self._burst, self._left + self._share)
+
+    def spend(self) -> bool:
+        """Whether one may be sent again; then it counts as sent."""
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+    def __repr__(self) -> str:
+        return f"<RetryBudget {self._left:.1f} of {self._burst:g}, {self._share:g} a request>"
+
+
 class Upstream:
     """The origins, as one server that answers requests."""
 
@@ -196,7 +225,9 @@ class Upstream:
         *,
         headers_timeout_s: float,
         read_timeout_s: float = READ_TIMEOUT_S,
+        budget: RetryBudget | None = None,
     ) -> None:
+        self._budget = budget or RetryBudget()
         self._session = session
         self._balancer = balancer
         self._headers_timeout_s = headers_timeout_s
@@ -205,6 +236,9 @@ class Upstream:
             "edge_origin_failures_total", "Requests an origin did not answer, or not to the end.", ("kind",)
         )
         self._retries = metrics.counter("edge_origin_retries_total", "Requests sent to an origin once more.")
+        self._unspared = metrics.counter(
+            "edge_origin_retries_refused_total", "Requests not sent once more, because too many were."
+        )
 
     @asynccontextmanager
     async def exchange(
@@ -220,7 +254,13 @@ class Upstream:
         """The answer to a request, its headers read and its body to be read with `read`. Problem 502 or 504, or what
         went wrong with `body`. `on_interim` is told of 1xx answers before."""
         interim.listener.set(on_interim)
-        origin, answer = await self._send(method, target, headers, body, headers_timeout_s or self._headers_timeout_s)
+        asked_at = time.perf_counter()
+        try:
+            timeout_s = headers_timeout_s or self._headers_timeout_s
+            origin, answer = await self._send(method, target, headers, body, timeout_s)
+        finally:
+            if (times := timing.current.get()) is not None:
+                times.origin_s = (times.origin_s or 0.0) + time.perf_counter() - asked_at
         failed: bool | None = None
         try:
             yield answer
@@ -251,12 +291,20 @@ class Upstream:
     ) -> tuple[Origin, aiohttp.ClientResponse]:
         tried: list[Origin] = []
         arrived = False  # an attempt that may have been carried out, though its answer was lost
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        self._budget.earn()
         while True:
             origin = self._balancer.pick(tried)
             tried.append(origin)
             try:
-                answer = await self._ask(origin, method, target, headers, body, headers_timeout_s)
-                if arrived and answer.status in NOT_NOW and method not in SAFE_METHODS:
+                # One deadline for both attempts: who waits for an answer does not care how often it was asked for.
+                left_s = headers_timeout_s if len(tried) == 1 else began + headers_timeout_s - loop.time()
+                answer = await self._ask(origin, method, target, headers, body, left_s)
+                if answer.status == 101:
+                    answer.close()
+                    raise Unanswered("it switched protocols, which nobody asked for")
+                if arrived and answer.status in REPEATED and method not in SAFE_METHODS:
                     answer.close()
                     raise _failure(method, unsent=False, timed_out=False)
                 return origin, answer
@@ -270,9 +318,11 @@ class Upstream:
                 self._failures.labels("unreachable" if unsent else "timeout" if timed_out else "broken").inc()
                 untouched = body is None or not body.started
                 if len(tried) == 1 and untouched and (unsent or (method in IDEMPOTENT_METHODS and not timed_out)):
-                    self._retries.inc()
                     arrived = not unsent
-                    continue
+                    if self._budget.spend():
+                        self._retries.inc()
+                        continue
+                    self._unspared.inc()
                 log.warning("%s failed: %s", origin.url, str(exc) or type(exc).__name__)
                 raise _failure(method, unsent=unsent and not arrived, timed_out=timed_out) from exc
             except BaseException:

@@ -11,6 +11,7 @@ as JSON.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -86,6 +87,10 @@ def _key_url(value: str) -> str:
     return value
 
 
+def _network(value: str) -> str:
+    return str(ipaddress.ip_network(value))
+
+
 def _public(value: str) -> str:
     if not value.startswith("/"):
         raise ValueError("no leading slash")
@@ -101,6 +106,9 @@ Name = Annotated[
         pattern=r"\A[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z",
         description="lower-case letters, digits and inner dashes",
     ),
+]
+Network = Annotated[
+    str, Meta(description="an address or a network such as 10.0.0.0/8 or fd00::/8", extra={"parse": _network})
 ]
 Url = Annotated[str, Meta(description="an http:// or https:// address without a query", extra={"parse": _url})]
 OptionalUrl = Annotated[
@@ -189,6 +197,8 @@ class EdgeSettings(Struct, frozen=True):
     origins: tuple[Url, ...] = ()
     workers: Processes = 1
     public: tuple[PublicPrefix, ...] = ()
+    trusted_proxies: tuple[Network, ...] = ()
+    """Whose word on where a request comes from counts (X-Forwarded-*, Forwarded)."""
     assets: Path | None = None
     coherent_ttl_s: SecondsOrNone = 5.0
     coherent_bytes_max: Bytes = 64 * 1024 * 1024

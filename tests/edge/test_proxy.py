@@ -324,7 +324,8 @@ async def test_the_origin_is_told_who_asked_and_nothing_is_added(plain, origin):
     assert sent.pop("traceparent").startswith("00-")
     assert sent == {
         "Host": origin.url.removeprefix("http://"),
-        "X-Forwarded-For": "9.9.9.9, 127.0.0.1",
+        "Forwarded": 'for=127.0.0.1;host="site.example";proto=http',
+        "X-Forwarded-For": "127.0.0.1",
         "X-Forwarded-Host": "site.example",
         "X-Forwarded-Proto": "http",
         "Via": "1.1 weft",
@@ -343,7 +344,7 @@ async def test_connections_to_the_region_are_kept(edge, region):
         region.on(method, "/api/x", handler)
         for _ in range(3):
             await edge.ask(method, "/api/x", data=b"body" if method == "POST" else None)
-    # A client may ask again a moment before the connection of its last answer is free.
+    # One, and another when the feed's own confirmation was just using it.
     assert len(peers) <= 2
 
 
