@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from regions.coordinator import CoordinatorLimits
 from regions.membership import ChangeRefused
 from regions.peer_wire import Acknowledged, Handover
 from tests.regions.test_membership import FIFTH, FOURTH, HOME, OTHER, THIRD, _is, _retried, added
-from tests.support.builders import ANN, append, bodies, create, message
+from tests.support.builders import ANN, append, bodies, create, delete, message
 from tests.support.cluster import Cluster, eventually
 
 
@@ -149,6 +150,40 @@ async def test_a_region_that_was_removed_comes_back(cluster: Cluster, disk: str)
         create(cluster[THIRD].mint.thread_id(), group=THIRD, messages=[message("m1")], durability="quorum")
     )
     await eventually(cluster.converged)
+
+
+async def test_a_region_that_a_record_removes_is_pending_until_the_record_counts(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder follows its record at once. If it never counts, the region goes on serving what was deleted."""
+    ids = [cluster[HOME].mint.thread_id() for _ in range(3)]
+    for thread_id in ids:
+        await cluster[HOME].coordinator.write(create(thread_id, visibility="public", messages=[message("m1")]))
+    await eventually(cluster.converged)
+    await cluster[HOME].node.failover.promote(THIRD, graceful=True)
+    membership = cluster[HOME].node.membership
+
+    commit = membership._commit  # pyright: ignore[reportPrivateUsage]
+
+    async def never(*_: object) -> None:
+        raise ChangeRefused("nobody keeps it")
+
+    async def cut_off_then_commit(record: replication.Record, before: replication.Record) -> None:
+        cluster.network.isolate(HOME)
+        monkeypatch.setattr(membership, "_spread", never)
+        await commit(record, before)
+
+    monkeypatch.setattr(membership, "_commit", cut_off_then_commit)
+    async with asyncio.timeout(30):
+        while THIRD in cluster[HOME].node.topology.members:
+            with pytest.raises(ChangeRefused):  # until what is to be settled first is
+                await membership.remove(THIRD)
+    assert set((await cluster[HOME].coordinator.write(delete(ids[0]))).pending) == {OTHER, THIRD}
+    await cluster[THIRD].store.read(ids[0], ANN)
+    cluster.network.heal()
+    await eventually(lambda: _is(cluster[OTHER].node.topology.peers == (HOME,)))
+    await eventually(lambda: _is(not cluster[HOME].replicator.leaving()))
+    assert (await cluster[HOME].coordinator.write(delete(ids[1]))).pending == ()
 
 
 async def test_a_group_that_nobody_knows_is_not_handed_over(cluster: Cluster) -> None:
