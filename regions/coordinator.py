@@ -279,7 +279,7 @@ class Coordinator:
         """A deletion or narrower visibility is answered when every reachable region applied it, or late, and when no
         edge of this one serves what was before."""
         reachable = self._replicator.reachable()
-        held, _ = await asyncio.gather(
+        held, _, _ = await asyncio.gather(
             self._replicator.confirmations(
                 written.row.group,
                 thread_id,
@@ -289,8 +289,11 @@ class Coordinator:
                 voters_only=False,
             ),
             self._edges.dropped(written.position),
+            self._replicator.removals_count(self._limits.pending_wait_s),
         )
-        pending = tuple(region for region in self._topology.peers if region not in held)
+        # Also one that is removed by a record that may never count: nobody brings it there, and it may go on serving.
+        awaited = (*self._topology.peers, *self._replicator.leaving())
+        pending = tuple(region for region in awaited if region not in held)
         return msgspec.structs.replace(written, pending=pending)
 
     async def _write_in(self, group: str, write: Write, *, hops: int) -> Written:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from infra.clock import Clock
 from origin.store import base, replication
@@ -18,6 +19,9 @@ from origin.thread import Entry
 from regions.peer_client import PeerTransport
 from regions.replication_target import Heard, ReplicationLimits, Submit, Target, TargetStatistics
 from regions.topology import Topology
+
+RECORD_LOOK_S: Final = 0.05
+"""Between two looks at whether a removal counts."""
 
 
 class _Waiter:
@@ -59,6 +63,8 @@ class Replicator:
         self._rng = rng
         self._limits = limits or ReplicationLimits()
         self._waiters: dict[str, list[_Waiter]] = {}
+        self._record_counted = (0, 0)
+        """The newest record that is known to count."""
         self._running = False
         self._on_target: list[Callable[[Target], None]] = []
         self.targets: dict[str, Target] = {}
@@ -164,6 +170,27 @@ class Replicator:
     def counting(self) -> frozenset[str]:
         """Those of them whose confirmations count."""
         return frozenset(region for region in self.reachable() if self.targets[region].counts)
+
+    def leaving(self) -> tuple[str, ...]:
+        """Regions that the present record removes, while it may yet be that it never counts and they go on serving.
+
+        It counts when a majority of its voters and of those before keep it. Before, there was at most one more.
+        """
+        topology = self._topology
+        if not topology.leaving or self._record_counted == topology.record.order or len(topology.voters) == 1:
+            return ()
+        heard = (self.targets[region].heard for region in topology.voting_peers if region in self.targets)
+        kept = topology.votes + sum(it is not None and it.record.order >= topology.record.order for it in heard)
+        if 2 * kept <= len(topology.voters) + 1:
+            return topology.leaving
+        self._record_counted = topology.record.order
+        return ()
+
+    async def removals_count(self, seconds_max: float) -> None:
+        """Wait until no region is `leaving`, or the time is up."""
+        deadline = self._clock.monotonic() + seconds_max
+        while self.leaving() and self._clock.monotonic() < deadline:
+            await self._clock.sleep(RECORD_LOOK_S)
 
     async def confirmations(
         self,

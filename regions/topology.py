@@ -33,6 +33,9 @@ class Topology:
     def __init__(self, region: str, record: Record, urls: Mapping[str, str]) -> None:
         self.region = region
         self._urls = dict(urls)
+        self.record = record
+        self.leaving: tuple[str, ...] = ()
+        """Regions that are no members any more by this very record, as far as is known."""
         self.adopt(record)
 
     @classmethod
@@ -46,6 +49,9 @@ class Topology:
     def adopt(self, record: Record) -> None:
         """Follow another record from now on. TopologyError when two of its regions can't be told apart by ids."""
         self._marks = marks_of(record)
+        if record.order != self.record.order:
+            before = {member.name for member in self.record.members if member.role != "removed"}
+            self.leaving = tuple(it.name for it in record.members if it.role == "removed" and it.name in before)
         self.record = record
         present = [member for member in record.members if member.role != "removed"]
         self.members: tuple[str, ...] = tuple(member.name for member in present)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 from unittest.mock import patch
 
 import msgspec
@@ -50,6 +50,11 @@ class Bug(msgspec.Struct, frozen=True):
         return Schedule(seed, regions=self.regions, faults=self.faults)
 
 
+class Plantable(Protocol):
+    @property
+    def plant(self) -> Callable[[], Sequence[Any]]: ...
+
+
 BUGS: Final[dict[str, Bug]] = {}
 
 
@@ -64,7 +69,7 @@ def bug(
 
 
 @contextmanager
-def planted(bug: Bug) -> Generator[None]:
+def planted(bug: Plantable) -> Generator[None]:
     patches = bug.plant()
     for one in patches:
         one.start()

@@ -299,11 +299,20 @@ async def _promote(world: World, rng: random.Random, region: SimRegion, *, grace
 
 @nemesis
 async def add_region(world: World, rng: random.Random) -> None:
-    """A region with a new disk, whose settings name all there are, is made a member; it votes when it may."""
+    """A region with a new disk, whose settings name all there are, is made a member; it votes when it may. Or one comes
+    back that was removed, with the disk that it had or, as another incarnation, with an empty one."""
     strangers = [name for name in REGIONS if name not in world.names and name not in world.removed]
-    if not strangers or len(world.names) >= MEMBERS_MAX:
+    back = sorted(name for name in world.removed if name in world.regions)
+    if not (strangers or back) or len(world.names) >= MEMBERS_MAX:
         return
-    name = strangers[0]
+    if back and (not strangers or rng.random() < 0.5):
+        name = rng.choice(back)
+        emptied = rng.random() < 0.5 and world.may_lose_a_disk()
+        if emptied:
+            world.regions[name].lose_disk(None, 0.0)
+        world.counts[f"removed region back{' on an empty disk' if emptied else ''}"] += 1
+    else:
+        name = strangers[0]
     if name not in world.regions:
         world.place_region(name).start()
     done = await _change(world, rng, lambda node: node.membership.add(name, world.urls[name]))

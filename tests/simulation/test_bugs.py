@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.simulation.bugs import BUGS, hunt
+from tests.simulation.bugs import BUGS, hunt, planted
 from tests.simulation.schedule import run
+from tests.simulation.scripted import play
+from tests.simulation.scripted_bugs import SCRIPTED
 
 
 @pytest.mark.full
@@ -19,6 +21,16 @@ def test_a_planted_bug_is_found(name: str) -> None:
     seed, result = found
     assert run(BUGS[name].schedule(seed)).violations == [], "what was found is there without the bug, too"
     print(f"{name}: seed {seed}: {result.violations[0]}")
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", sorted(SCRIPTED))
+def test_a_planted_bug_is_shown_by_its_script(name: str, seed: int) -> None:
+    """The script passes while the rule stands, so what it shows without is the rule's doing."""
+    bug = SCRIPTED[name]
+    play(bug.script, seed=seed)
+    with planted(bug), pytest.raises(AssertionError, match="acknowledged at quorum, and"):
+        play(bug.script, seed=seed)
 
 
 def test_there_are_enough_planted_bugs() -> None:
