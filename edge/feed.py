@@ -362,9 +362,7 @@ class Feed:
 
     async def _confirm(self, url: str) -> None:
         greetings = self._greetings
-        # Numbers of before this connection's snapshot may be another store's.
-        noticed = self._noticed if self._informed else None
-        said = {"follower": self._follower, "position": self._position, "noticed": noticed or 0}
+        said = {"follower": self._follower, "position": self._position, "noticed": self._noticed or 0}
         body = msgspec.json.encode(said)
         sent_at = self._clock.monotonic()
         async with self._session.post(

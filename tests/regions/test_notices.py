@@ -124,6 +124,13 @@ async def test_it_is_at_every_region_when_it_is_answered(cluster: Cluster, at: s
     await in_step(cluster)
 
 
+async def test_it_goes_at_once_and_not_with_the_next_heartbeat(cluster: Cluster) -> None:
+    for node in cluster.nodes.values():
+        for target in node.replicator.targets.values():
+            target.greeted.clear()
+    assert set((await announce(cluster[HOME], revocation())).applied) == set(cluster.nodes)
+
+
 async def test_nothing_is_sent_while_all_are_in_step(cluster: Cluster) -> None:
     await announce(cluster[HOME], revocation())
     await in_step(cluster)
@@ -216,7 +223,8 @@ async def test_a_region_added_later_knows_before_its_edges_ask(cluster: Cluster)
     added = await cluster.start_region("sa-east")
     edge = Edge(added)
     task = asyncio.create_task(edge.run())
-    await eventually(lambda: _is(added.store.standing == "virgin"))
+    await eventually(lambda: _is("weft regions add" in added.node.joining.reason))
+    await eventually(lambda: _is(added.node.followers.statistics().followers == 1))
     assert edge.lines == [], "a region that knows nothing says nothing"
     await cluster[HOME].node.membership.add("sa-east", "http://sa-east")
 
@@ -280,6 +288,23 @@ async def test_a_copy_of_a_disk_that_was_replaced_is_not_believed(cluster: Clust
     assert store.notices.cursors == {}
 
 
+async def test_who_has_read_another_disks_numbers_is_told_all(cluster: Cluster) -> None:
+    await announce(cluster[OTHER], revocation())
+    store = cluster[OTHER].store
+    envelope = {
+        "config_version": cluster[OTHER].node.topology.number,
+        "region": HOME,
+        "incarnation": cluster[HOME].store.incarnation,
+        "after": 0,
+        "upto": 0,
+        "missed": False,
+        "notices": (),
+    }
+    of_before = await cluster[OTHER].node.notices.exchanged(TellNotices(**envelope, of="0", have=1))
+    of_this = await cluster[OTHER].node.notices.exchanged(TellNotices(**envelope, of=store.incarnation, have=1))
+    assert [it.name for it in of_before.notices] == ["t1"] and of_this.notices == ()
+
+
 # ---------------------------------------------------------------- to every edge
 
 
@@ -313,6 +338,7 @@ async def test_an_edge_that_is_gone_is_waited_for_until_its_lease_ran_out_or_it_
     assert not announcing.done()
     async with edge_of(region, "a.2"):
         assert (await announcing).pending_edges == ()
+        assert region.node.followers.statistics().leased == 2, "the lease of before has not run out"
     async with edge_of(region, "b.1"):
         pass
     assert (await announce(region, revocation("t2"))).pending_edges == ()
@@ -356,18 +382,22 @@ async def test_who_was_away_longer_than_purges_are_kept_drops_everything(cluster
         assert (late.reset, knew.reset) == (True, False)
 
 
-async def test_the_edges_of_a_region_that_was_away_too_long_drop_everything(cluster: Cluster) -> None:
+@pytest.mark.parametrize("healed", [{(HOME, THIRD)}, {(THIRD, HOME)}], ids=["told", "asks"])
+async def test_the_edges_of_a_region_that_was_away_too_long_drop_everything(
+    cluster: Cluster, healed: set[tuple[str, str]]
+) -> None:
     cluster.network.isolate(THIRD)
     await announce(cluster[HOME], purge("p1", life_s=0.001))
     await cluster[HOME].writer.submit(Trim(0, 1_000_000))
     async with edge_of(cluster[THIRD], known_to=0) as edge:
         assert not edge.reset
-        cluster.network.heal()
+        cluster.network.cut -= healed
 
         async def reset() -> bool:
             return edge.reset
 
         await eventually(reset)
+    cluster.network.heal()
     await in_step(cluster)
     assert cluster[OTHER].store.notices.missed == 0, "who heard of it in time has nothing to make up for"
 

@@ -159,6 +159,30 @@ async def test_status_is_for_operators_and_edges_but_not_for_users(
         assert response.status == 403
 
 
+async def test_only_an_operator_revokes_and_purges(region: Client, tmp_path: Path) -> None:
+    key = write_peer_key(tmp_path / "peer.key")
+    operator = IdentitySigner(key, "operator:local").service_token("region:us-east")
+    edge = IdentitySigner(key, "edge:us-east")
+    user = edge.identity_token(Principal("https://login.test", "ann"), "region:us-east")
+    other = IdentitySigner(key, "region:eu-west").service_token("region:us-east")
+    order = {"kind": "token", "issuer": "https://login.test", "name": "j1"}
+
+    async def announce(token: str, body: object) -> tuple[int, str]:
+        async with region.post("/peer/announce", json=body, headers={IDENTITY_HEADER: token}) as response:
+            return response.status, await response.text()
+
+    for token in (user, other, edge.service_token("region:us-east"), "nonsense"):
+        assert (await announce(token, order))[0] in (401, 403)
+    for body, status in (([], 400), ({**order, "scope": "all"}, 400), ({**order, "name": ""}, 409)):
+        assert (await announce(operator, body))[0] == status
+    async with region.get("/metrics") as response:
+        assert 'weft_notices{kind="revocation"} 0.0' in await response.text()
+    status, answer = await announce(operator, order)
+    assert (status, msgspec.json.decode(answer)["pending_regions"]) == (200, ["eu-west"])
+    async with region.get("/metrics") as response:
+        assert 'weft_notices{kind="revocation"} 1.0' in await response.text()
+
+
 class Impostor:
     """A server that listens at a member's address."""
 
