@@ -126,8 +126,8 @@ class NoticeView:
 
     @cached_property
     def ordered(self) -> Sequence[Numbered]:
-        """All of them by number."""
-        return sorted(self._kept.values(), key=lambda it: it.number)
+        """All of them by number, which is the order in which they are kept."""
+        return list(self._kept.values())
 
     def behind(self, after: int, limit: int) -> Sequence[Numbered]:
         """At most `limit` with a higher number than `after`, the lowest first."""
@@ -156,7 +156,9 @@ class NoticeBook:
     def __init__(self) -> None:
         self.number = self.dropped = self.missed = 0
         self.kept: dict[str, Numbered] = {}
-        """By id."""
+        """By id, in the order of their numbers: a hundred thousand are not to be sorted for each that comes."""
+        self.purges = 0
+        """How many of them are purges."""
         self.cursors: dict[str, Cursor] = {}
         self._view: NoticeView | None = None
 
@@ -168,16 +170,17 @@ class NoticeBook:
 
     def announce(self, operation: Announce, now_us: int) -> NoticesKept:
         notice = operation.notice
-        if notice.id not in self.kept:
+        if notice.id not in self.kept and self._count(notice) >= operation.live_max:
             self.trim(now_us)
-            purge = notice.kind == "purge"
-            live = sum((it.notice.kind == "purge") == purge for it in self.kept.values())
-            if live >= operation.live_max:
-                sort = "purges" if purge else "revocations"
+            if (live := self._count(notice)) >= operation.live_max:
+                sort = "purges" if notice.kind == "purge" else "revocations"
                 raise NoticesFull(f"{live} {sort} are live; allowed: {operation.live_max}")
         self._take(notice)
         self.keep_numbers()
         return NoticesKept(self.number)
+
+    def _count(self, like: Notice) -> int:
+        return self.purges if like.kind == "purge" else len(self.kept) - self.purges
 
     def take(self, operation: TakeNotices, now_us: int) -> NoticesKept:
         known = self.cursors.get(operation.region)
@@ -200,14 +203,14 @@ class NoticeBook:
         return NoticesKept(self.number)
 
     def _take(self, notice: Notice) -> None:
-        known = self.kept.pop(notice.id, None)
+        known = self.kept.get(notice.id)
         if known is not None:
             notice = merged(known.notice, notice)
             if notice == known.notice:
-                self.kept[notice.id] = known
                 return
-            self.drop_notice(known.number)
+            self._drop(known)
         self.number += 1
+        self.purges += notice.kind == "purge"
         self.kept[notice.id] = numbered = Numbered(self.number, notice)
         self._view = None
         self.keep_notice(numbered)
@@ -218,12 +221,16 @@ class NoticeBook:
         if not expired:
             return
         for it in expired:
-            del self.kept[it.notice.id]
-            self.drop_notice(it.number)
+            self._drop(it)
             if it.notice.kind == "purge":
                 self.dropped = max(self.dropped, it.number)
         self._view = None
         self.keep_numbers()
+
+    def _drop(self, it: Numbered) -> None:
+        del self.kept[it.notice.id]
+        self.purges -= it.notice.kind == "purge"
+        self.drop_notice(it.number)
 
     # ------------------------------------------------------------ what an engine keeps
 

@@ -26,6 +26,7 @@ class SqliteNotices(NoticeBook):
         for number, notice in connection.execute("SELECT number, notice FROM notices ORDER BY number"):
             numbered = Numbered(cast(int, number), decoder.decode(cast(bytes, notice)))
             self.kept[numbered.notice.id] = numbered
+            self.purges += numbered.notice.kind == "purge"
         self.cursors = {
             cast(str, region): Cursor(cast(str, incarnation), cast(int, number))
             for region, incarnation, number in connection.execute("SELECT * FROM notice_cursors")

@@ -61,6 +61,9 @@ async def test_a_notice_that_comes_again_changes_nothing(engine: Engine, clock: 
     assert [await announce(engine, notice) for _ in range(3)] == [1, 1, 1]
     await commit_one(engine, TakeNotices(PEER, "a", 0, 5, (notice, notice)))
     assert here(engine) == {"t1": 1}
+    assert [await announce(engine, revoked(clock, name)) for name in ("t2", "t1", "t3")] == [2, 2, 3]
+    assert [it.number for it in engine.notices.ordered] == [1, 2, 3]
+    assert [it.number for it in engine.notices.behind(1, 9)] == [2, 3]
 
 
 @engines
