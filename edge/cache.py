@@ -58,6 +58,9 @@ WAIT_S_MAX: Final = 5.0
 """How long someone waits for another's answer to begin."""
 
 
+_DETAILS: Final = {Use.STALE: "max-stale", Use.REVALIDATING: "stale-while-revalidate"}
+
+
 class HttpCache:
     """The cache of one edge process, in front of its proxy."""
 
@@ -148,18 +151,25 @@ class HttpCache:
         if method not in ("GET", "HEAD") or request.can_read_body:
             return await self._write(request, key, headers(), check, on_answer, headers_timeout_s)
         asked = request.headers
+        wishes = request_directives(asked)
+        # The last two only the origin can judge (RFC 9110 §13.2.1).
+        direct = wishes.no_store or "If-Match" in asked or "If-Unmodified-Since" in asked
+        if not direct:
+            now = self._clock.monotonic()
+            kept = self._store.find(key, request, now)
+            if kept is not None and judge(kept, wishes, now) is Use.FRESH:
+                return self._hit(request, kept, now, Use.FRESH)
         ask = Ask(
             request=request,
             key=key,
-            wishes=request_directives(asked),
+            wishes=wishes,
             headers=headers,
             check=check,
             headers_timeout_s=headers_timeout_s,
             authorized=authorized and "Authorization" in asked,
             single="Range" in asked or "If-None-Match" in asked or "If-Modified-Since" in asked,
         )
-        # The last two only the origin can judge (RFC 9110 §13.2.1).
-        if ask.wishes.no_store or "If-Match" in asked or "If-Unmodified-Since" in asked:
+        if direct:
             return await self._lead(ask, None, "request", None) if method == "GET" else await self._head(ask, None)
         return await self._get(ask) if method == "GET" else await self._head(ask, self._find(ask))
 
@@ -173,7 +183,7 @@ class HttpCache:
                 if use is Use.REVALIDATING:
                     self._fetches.check_later(ask, kept)
                 if use in (Use.FRESH, Use.STALE, Use.REVALIDATING):
-                    return self._hit(ask, kept, now, use)
+                    return self._hit(ask.request, kept, now, use)
                 reason = "request" if use is Use.REFRESH else "stale"
             else:
                 reason = "vary-miss" if self._store.has_variants(ask.key, now) else "uri-miss"
@@ -206,10 +216,10 @@ class HttpCache:
     def _find(self, ask: Ask) -> Kept | None:
         return self._store.find(ask.key, ask.request, self._clock.monotonic())
 
-    def _hit(self, ask: Ask, kept: Kept, now: float, use: Use) -> web.Response:
-        detail = {Use.STALE: "max-stale", Use.REVALIDATING: "stale-while-revalidate"}.get(use, "")
+    def _hit(self, request: web.BaseRequest, kept: Kept, now: float, use: Use) -> web.Response:
+        detail = _DETAILS.get(use, "")
         (self._stale if detail else self._hits).inc()
-        return respond(ask.request, kept, now, cache_status.hit(kept.lifetime_s - (now - kept.born), detail))
+        return respond(request, kept, now, cache_status.hit(kept.lifetime_s - (now - kept.born), detail))
 
     def _stand_in(self, ask: Ask, kept: Kept | None, *, outage: bool) -> web.Response | None:
         """The stale answer in place of an error, where that is allowed (RFC 5861 §4, RFC 9111 §4.2.4)."""
@@ -320,7 +330,7 @@ class HttpCache:
         if kept is not None and use in (Use.FRESH, Use.STALE, Use.REVALIDATING):
             if use is Use.REVALIDATING:
                 self._fetches.check_later(ask, kept)
-            return self._hit(ask, kept, now, use)
+            return self._hit(ask.request, kept, now, use)
         reason: Reason = "uri-miss" if kept is None else "request" if use is Use.REFRESH else "stale"
         if ask.wishes.only_if_cached:
             raise _not_cached()

@@ -14,10 +14,10 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
 import aiohttp
+import msgspec
 from aiohttp import web
 from multidict import CIMultiDict
 
@@ -42,8 +42,7 @@ Flight: TypeAlias = Hashable
 """What can be joined: a key, and the values its answers are known to be chosen by."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """One client's GET or HEAD."""
 
     request: web.BaseRequest

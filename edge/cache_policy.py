@@ -102,6 +102,7 @@ class Kept:
     tags: tuple[str, ...]
     upstream_status: tuple[str, ...]
     """Cache-Status of caches behind us."""
+    head_weight: int
 
     @property
     def came_aged(self) -> bool:
@@ -116,9 +117,10 @@ class Kept:
     def age(self, now: float) -> float:
         return max(0.0, now - self.born)
 
+    @property
     def weight(self) -> int:
-        text = sum(2 * (len(name) + len(value) + HEADER_BYTES) for name, value in self.source.items())
-        return len(self.body) + text + sum(HEADER_BYTES + len(tag) for tag in self.tags)
+        """Bytes, roughly."""
+        return len(self.body) + self.head_weight
 
 
 class Use(Enum):
@@ -287,6 +289,8 @@ def _make(status: int, reason: str | None, source: CIMultiDict[str], exchange: E
     hidden = rules.not_reused if exchange.private else rules.not_reused | rules.not_shared
     for name in ("Age", "Content-Length", CACHE_STATUS, *hidden):
         headers.popall(name, None)
+    tags = tags_of(source)
+    text = sum(2 * (len(name) + len(value) + HEADER_BYTES) for name, value in source.items())
     return Kept(
         status=status,
         reason=reason,
@@ -302,8 +306,9 @@ def _make(status: int, reason: str | None, source: CIMultiDict[str], exchange: E
         last_modified=source.get("Last-Modified"),
         last_modified_at=http_date(source.get("Last-Modified", ""), wall),
         date=date,
-        tags=tags_of(source),
+        tags=tags,
         upstream_status=tuple(source.getall(CACHE_STATUS, ())),
+        head_weight=text + sum(HEADER_BYTES + len(tag) for tag in tags),
     )
 
 
