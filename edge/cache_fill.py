@@ -125,7 +125,7 @@ class Fill:
 
     @property
     def can_be_joined(self) -> bool:
-        return self.keeps and len(self._readers) < READERS_MAX
+        return len(self._readers) < READERS_MAX
 
     def resolve(self, outcome: Outcome) -> None:
         self.outcome = outcome

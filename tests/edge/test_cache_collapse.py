@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from edge.cache import HttpCache
 from tests.edge.cacheorigin import Answer, get, result
 from tests.edge.conftest import until
 from tests.edge.test_cache import HOUR
@@ -156,6 +157,28 @@ async def test_who_comes_while_the_body_is_on_its_way_gets_all_of_it(cache, orig
     late = await cache.client.get(cache.url + "/a")
     answer.hold.set()
     assert (await first.read(), await late.read()) == (answer.body, answer.body) and origin.count("/a") == 1
+
+
+async def test_who_asks_for_the_same_variant_joins_it_while_its_body_is_on_its_way(cache, origin):
+    answer = Answer([*HOUR, ("Vary", "Foo")], body=b"x" * 100_000, hold=asyncio.Event())
+    origin.says("/a", answer, Answer(NO_STORE, body=b"other"))
+    url, same = cache.url + "/a", {"Foo": "1"}
+    first, late = [await cache.client.get(url, headers=same) for _ in range(2)]
+    assert await (await get(cache, headers={"Foo": "2"})).read() == b"other"
+    answer.hold.set()
+    assert (await first.read(), await late.read()) == (answer.body, answer.body) and origin.count("/a") == 2
+
+
+async def test_a_body_nobody_is_there_for_when_it_begins_is_not_kept_in_part(cache, origin, monkeypatch):
+    async def leave(*args: Any, **options: Any) -> None:
+        raise ConnectionResetError("the client left")
+
+    origin.says("/a", Answer(HOUR, body=b"x" * 100_000, chunked=True))
+    with monkeypatch.context() as patch, pytest.raises(aiohttp.ClientError):
+        patch.setattr(HttpCache, "_deliver", leave)
+        await get(cache)
+    await until(lambda: not cache.edge.cache.busy, "the fetch ended")
+    assert result(whole := await get(cache)) == "fwd=uri-miss" and len(await whole.read()) == 100_000
 
 
 async def test_a_body_that_breaks_off_is_cut_for_all_and_not_kept(cache, origin):
