@@ -28,6 +28,7 @@ from edge.cache_policy import (
     Kept,
     Use,
     describes,
+    for_keeping,
     freshened,
     judge,
     may_keep,
@@ -300,13 +301,13 @@ class HttpCache:
             case Whole(made, stored, status):
                 seen = status if status != made.status else None
                 text = cache_status.forwarded(reason, status=seen, stored=stored, collapsed=collapsed)
-                return respond(ask.request, made, now, text, firsthand=True)
+                return respond(ask.request, made, now, text, firsthand=True, shared=collapsed)
             case Begun(made, length):
                 text = cache_status.forwarded(reason, stored=True, collapsed=collapsed)
                 if made.status == 200 and not_modified(ask.request, made):
                     reader.keep_going()
-                    return respond(ask.request, made, now, text, firsthand=True)
-                headers = headers_of(made, now, text, firsthand=True)
+                    return respond(ask.request, made, now, text, firsthand=True, shared=collapsed)
+                headers = headers_of(made, now, text, firsthand=True, shared=collapsed)
                 if length is not None:
                     headers["Content-Length"] = str(length)
                 response = web.StreamResponse(status=made.status, reason=made.reason, headers=headers)
@@ -345,7 +346,10 @@ class HttpCache:
             fresh = freshened(kept, headers, exchange)
             if not describes(kept, headers):
                 self._store.expire(ask.key, exchange.now)
-            elif not (may_keep(fresh, exchange) and self._store.put(ask.key, fresh, began)):
+            elif not (
+                may_keep(fresh, exchange)
+                and self._store.put(ask.key, for_keeping(fresh, private=exchange.private), began)
+            ):
                 self._store.drop(ask.key, kept)
 
         self._passed.inc()
