@@ -22,7 +22,7 @@ from edge import cache_status
 from edge.cache_answer import headers_of, not_modified, respond
 from edge.cache_control import request_directives
 from edge.cache_fetch import Ask, Fetches, Flight
-from edge.cache_fill import Abandoned, Begun, Failed, Fill, Handed, Reader, Whole
+from edge.cache_fill import Abandoned, Begun, Failed, Fill, Handed, Reader, TooSlow, Whole
 from edge.cache_policy import (
     ERROR_STATUSES,
     Kept,
@@ -251,7 +251,7 @@ class HttpCache:
                     earlier = answer.headers.getall(CACHE_STATUS, ())
                     passed[CACHE_STATUS] = cache_status.after(earlier, cache_status.forwarded(reason))
                     return await self._proxy.relay(ask.request, answer, passed, present)
-            except OriginBroken as exc:
+            except (OriginBroken, TooSlow) as exc:
                 raise self._cut(ask, exc) from exc
 
     async def _follow(self, ask: Ask, kept: Kept | None, reason: Reason, fill: Fill) -> web.StreamResponse | None:
@@ -276,7 +276,7 @@ class HttpCache:
             self._joined.inc()
             try:
                 return await self._deliver(ask, kept, reason, reader, outcome, collapsed=True)
-            except OriginBroken as exc:
+            except (OriginBroken, TooSlow) as exc:
                 raise self._cut(ask, exc) from exc
 
     async def _deliver(
@@ -317,7 +317,7 @@ class HttpCache:
                 await response.write_eof()
                 return response
 
-    def _cut(self, ask: Ask, exc: OriginBroken) -> Exception:
+    def _cut(self, ask: Ask, exc: Exception) -> Exception:
         if ask.request.writer.output_size == 0:
             return broken_off(ask.request.method)
         reset_connection(ask.request)

@@ -203,6 +203,22 @@ async def test_a_body_that_turns_out_too_large_reaches_all_who_read_it(origin, c
     assert edge.edge.cache.statistics().items == 0
 
 
+async def test_who_does_not_read_holds_up_nobody_for_long(origin, clock, start_edge, monkeypatch):
+    monkeypatch.setattr("edge.cache_fill.STALL_S_MAX", 0.05)
+    limits = {"cache_bytes_max": 1 << 20, "cache_entry_bytes_max": 100_000}
+    edge = await start_edge(origins=(origin.url,), public=("/",), issuers=(), clock=clock, **limits)
+    answer = Answer(HOUR, body=b"0123456789" * 2_000_000, chunked=True, hold=asyncio.Event())
+    origin.says("/a", answer)
+    _, asleep = await asyncio.open_connection("127.0.0.1", edge.port, limit=1024)
+    asleep.write(b"GET /a HTTP/1.1\r\nHost: " + edge.url.removeprefix("http://").encode() + b"\r\n\r\n")
+    await until(lambda: origin.count("/a") == 1, "it asked")
+    reading = await edge.client.get(edge.url + "/a")
+    answer.hold.set()
+    async with asyncio.timeout(20):
+        assert await reading.read() == answer.body and origin.count("/a") == 1
+    asleep.close()
+
+
 async def test_the_origins_failure_is_everybodys(cache, origin):
     answer = gated(HOUR)
     origin.says("/a", answer)
