@@ -22,12 +22,13 @@ from edge import cache_status
 from edge.cache_answer import headers_of, not_modified, respond
 from edge.cache_control import request_directives
 from edge.cache_fetch import Ask, Fetches, Flight
-from edge.cache_fill import Abandoned, Begun, Failed, Fill, Handed, Reader, Whole
+from edge.cache_fill import Abandoned, Begun, Failed, Fill, Handed, Reader, TooSlow, Whole
 from edge.cache_policy import (
     ERROR_STATUSES,
     Kept,
     Use,
     describes,
+    for_keeping,
     freshened,
     judge,
     may_keep,
@@ -56,6 +57,9 @@ JOINS_MAX: Final = 3
 """Answers waited for, one after the other, before a client's own request goes out."""
 WAIT_S_MAX: Final = 5.0
 """How long someone waits for another's answer to begin."""
+
+
+_DETAILS: Final = {Use.STALE: "max-stale", Use.REVALIDATING: "stale-while-revalidate"}
 
 
 class HttpCache:
@@ -148,18 +152,25 @@ class HttpCache:
         if method not in ("GET", "HEAD") or request.can_read_body:
             return await self._write(request, key, headers(), check, on_answer, headers_timeout_s)
         asked = request.headers
+        wishes = request_directives(asked)
+        # The last two only the origin can judge (RFC 9110 §13.2.1).
+        direct = wishes.no_store or "If-Match" in asked or "If-Unmodified-Since" in asked
+        if not direct:
+            now = self._clock.monotonic()
+            kept = self._store.find(key, request, now)
+            if kept is not None and judge(kept, wishes, now) is Use.FRESH:
+                return self._hit(request, kept, now, Use.FRESH)
         ask = Ask(
             request=request,
             key=key,
-            wishes=request_directives(asked),
+            wishes=wishes,
             headers=headers,
             check=check,
             headers_timeout_s=headers_timeout_s,
             authorized=authorized and "Authorization" in asked,
             single="Range" in asked or "If-None-Match" in asked or "If-Modified-Since" in asked,
         )
-        # The last two only the origin can judge (RFC 9110 §13.2.1).
-        if ask.wishes.no_store or "If-Match" in asked or "If-Unmodified-Since" in asked:
+        if direct:
             return await self._lead(ask, None, "request", None) if method == "GET" else await self._head(ask, None)
         return await self._get(ask) if method == "GET" else await self._head(ask, self._find(ask))
 
@@ -173,7 +184,7 @@ class HttpCache:
                 if use is Use.REVALIDATING:
                     self._fetches.check_later(ask, kept)
                 if use in (Use.FRESH, Use.STALE, Use.REVALIDATING):
-                    return self._hit(ask, kept, now, use)
+                    return self._hit(ask.request, kept, now, use)
                 reason = "request" if use is Use.REFRESH else "stale"
             else:
                 reason = "vary-miss" if self._store.has_variants(ask.key, now) else "uri-miss"
@@ -206,10 +217,10 @@ class HttpCache:
     def _find(self, ask: Ask) -> Kept | None:
         return self._store.find(ask.key, ask.request, self._clock.monotonic())
 
-    def _hit(self, ask: Ask, kept: Kept, now: float, use: Use) -> web.Response:
-        detail = {Use.STALE: "max-stale", Use.REVALIDATING: "stale-while-revalidate"}.get(use, "")
+    def _hit(self, request: web.BaseRequest, kept: Kept, now: float, use: Use) -> web.Response:
+        detail = _DETAILS.get(use, "")
         (self._stale if detail else self._hits).inc()
-        return respond(ask.request, kept, now, cache_status.hit(kept.lifetime_s - (now - kept.born), detail))
+        return respond(request, kept, now, cache_status.hit(kept.lifetime_s - (now - kept.born), detail))
 
     def _stand_in(self, ask: Ask, kept: Kept | None, *, outage: bool) -> web.Response | None:
         """The stale answer in place of an error, where that is allowed (RFC 5861 §4, RFC 9111 §4.2.4)."""
@@ -240,7 +251,7 @@ class HttpCache:
                     earlier = answer.headers.getall(CACHE_STATUS, ())
                     passed[CACHE_STATUS] = cache_status.after(earlier, cache_status.forwarded(reason))
                     return await self._proxy.relay(ask.request, answer, passed, present)
-            except OriginBroken as exc:
+            except (OriginBroken, TooSlow) as exc:
                 raise self._cut(ask, exc) from exc
 
     async def _follow(self, ask: Ask, kept: Kept | None, reason: Reason, fill: Fill) -> web.StreamResponse | None:
@@ -265,7 +276,7 @@ class HttpCache:
             self._joined.inc()
             try:
                 return await self._deliver(ask, kept, reason, reader, outcome, collapsed=True)
-            except OriginBroken as exc:
+            except (OriginBroken, TooSlow) as exc:
                 raise self._cut(ask, exc) from exc
 
     async def _deliver(
@@ -290,13 +301,13 @@ class HttpCache:
             case Whole(made, stored, status):
                 seen = status if status != made.status else None
                 text = cache_status.forwarded(reason, status=seen, stored=stored, collapsed=collapsed)
-                return respond(ask.request, made, now, text, firsthand=True)
+                return respond(ask.request, made, now, text, firsthand=True, shared=collapsed)
             case Begun(made, length):
                 text = cache_status.forwarded(reason, stored=True, collapsed=collapsed)
                 if made.status == 200 and not_modified(ask.request, made):
                     reader.keep_going()
-                    return respond(ask.request, made, now, text, firsthand=True)
-                headers = headers_of(made, now, text, firsthand=True)
+                    return respond(ask.request, made, now, text, firsthand=True, shared=collapsed)
+                headers = headers_of(made, now, text, firsthand=True, shared=collapsed)
                 if length is not None:
                     headers["Content-Length"] = str(length)
                 response = web.StreamResponse(status=made.status, reason=made.reason, headers=headers)
@@ -306,7 +317,7 @@ class HttpCache:
                 await response.write_eof()
                 return response
 
-    def _cut(self, ask: Ask, exc: OriginBroken) -> Exception:
+    def _cut(self, ask: Ask, exc: Exception) -> Exception:
         if ask.request.writer.output_size == 0:
             return broken_off(ask.request.method)
         reset_connection(ask.request)
@@ -320,7 +331,7 @@ class HttpCache:
         if kept is not None and use in (Use.FRESH, Use.STALE, Use.REVALIDATING):
             if use is Use.REVALIDATING:
                 self._fetches.check_later(ask, kept)
-            return self._hit(ask, kept, now, use)
+            return self._hit(ask.request, kept, now, use)
         reason: Reason = "uri-miss" if kept is None else "request" if use is Use.REFRESH else "stale"
         if ask.wishes.only_if_cached:
             raise _not_cached()
@@ -335,7 +346,10 @@ class HttpCache:
             fresh = freshened(kept, headers, exchange)
             if not describes(kept, headers):
                 self._store.expire(ask.key, exchange.now)
-            elif not (may_keep(fresh, exchange) and self._store.put(ask.key, fresh, began)):
+            elif not (
+                may_keep(fresh, exchange)
+                and self._store.put(ask.key, for_keeping(fresh, private=exchange.private), began)
+            ):
                 self._store.drop(ask.key, kept)
 
         self._passed.inc()

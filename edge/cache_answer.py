@@ -30,11 +30,17 @@ Span = tuple[int, int]
 
 
 def respond(
-    request: web.BaseRequest, kept: Kept, now: float, status_text: str, *, firsthand: bool = False
+    request: web.BaseRequest,
+    kept: Kept,
+    now: float,
+    status_text: str,
+    *,
+    firsthand: bool = False,
+    shared: bool = True,
 ) -> web.Response:
     """The answer to `request`, a GET or HEAD, from `kept`. `status_text` is our member of Cache-Status.
-    `firsthand`: the origin gave or confirmed it for this request."""
-    headers = headers_of(kept, now, status_text, firsthand=firsthand)
+    `firsthand`: the origin gave or confirmed it for this request; `shared`: or for another's."""
+    headers = headers_of(kept, now, status_text, firsthand=firsthand, shared=shared)
     asked = request.headers
     if 200 <= kept.status < 300:
         if ("If-None-Match" in asked or "If-Modified-Since" in asked) and not_modified(request, kept):
@@ -48,8 +54,8 @@ def respond(
     return web.Response(status=kept.status, reason=kept.reason, headers=headers, body=kept.body)
 
 
-def headers_of(kept: Kept, now: float, status_text: str, *, firsthand: bool) -> CIMultiDict[str]:
-    headers = kept.headers.copy()
+def headers_of(kept: Kept, now: float, status_text: str, *, firsthand: bool, shared: bool) -> CIMultiDict[str]:
+    headers = kept.headers.copy() if shared else kept.first_headers()
     if not firsthand or kept.came_aged:  # RFC 9111 §5.1
         headers["Age"] = str(int(kept.age(now)))
     headers[CACHE_STATUS] = cache_status.after(kept.upstream_status, status_text)

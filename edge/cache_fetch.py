@@ -14,17 +14,17 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
 import aiohttp
+import msgspec
 from aiohttp import web
 from multidict import CIMultiDict
 
 from edge import interim
 from edge.cache_control import RequestDirectives
 from edge.cache_fill import Abandoned, Begun, Failed, Fill, Handed, Outcome, Whole
-from edge.cache_policy import ERROR_STATUSES, Exchange, Kept, confirms, freshened, kept_answer, may_keep
+from edge.cache_policy import ERROR_STATUSES, Exchange, Kept, confirms, for_keeping, freshened, kept_answer, may_keep
 from edge.cache_store import Key, Store
 from edge.proxy import ONE_WRITE_BYTES_MAX, OriginBroken, Upstream, broken_off, is_event_stream
 from infra.clock import Clock
@@ -42,8 +42,7 @@ Flight: TypeAlias = Hashable
 """What can be joined: a key, and the values its answers are known to be chosen by."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """One client's GET or HEAD."""
 
     request: web.BaseRequest
@@ -207,7 +206,7 @@ class Fetches:
         if not confirms(kept, answer.headers):
             return None
         fresh = freshened(kept, answer.headers, exchange)
-        stored = may_keep(fresh, exchange) and self._store.put(ask.key, fresh, fill.began)
+        stored = may_keep(fresh, exchange) and self._put(ask.key, fresh, fill.began)
         if not stored:
             self._store.drop(ask.key, kept)
         (self._stored_confirmed if stored else self._stored_not).inc()
@@ -277,9 +276,12 @@ class Fetches:
             fill.end(broken)
 
     def _keep(self, key: Key, kept: Kept, began: int) -> bool:
-        stored = self._store.put(key, kept, began)
+        stored = self._put(key, kept, began)
         (self._stored_yes if stored else self._stored_not).inc()
         return stored
+
+    def _put(self, key: Key, kept: Kept, began: int) -> bool:
+        return self._store.put(key, for_keeping(kept, private=key.partition is not None), began)
 
     def _take_off(self, fill: Fill, flight: Flight | None) -> None:
         """Who asks this may join, unless there is another to join already."""

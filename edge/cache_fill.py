@@ -2,7 +2,8 @@
 
 Promise: who joins sees the whole body from its first byte, at its own pace, or learns that it broke off; who leaves
 disturbs nobody, and the last to leave ends the request; beyond `bytes_max` nothing is kept, and the origin is read no
-faster than the slowest reader takes it. Left to others: whether an answer may be shared (`cache.py`).
+faster than the slowest reader takes it; one that stalls is given up for the others' sake. Left to others: whether an
+answer may be shared (`cache.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ READERS_MAX: Final = 4096
 """Clients that wait for one answer; more go on their own."""
 AHEAD_BYTES_MAX: Final = 256 * 1024
 """How far an answer too large to be kept is read ahead of its slowest reader."""
+STALL_S_MAX: Final = 30.0
+"""How long a reader may take nothing while others wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,7 @@ class Fill:
 
     @property
     def can_be_joined(self) -> bool:
-        return self.keeps and len(self._readers) < READERS_MAX
+        return len(self._readers) < READERS_MAX
 
     def resolve(self, outcome: Outcome) -> None:
         self.outcome = outcome
@@ -146,9 +149,15 @@ class Fill:
         self._trim()
 
     async def room(self) -> None:
-        """Wait until the slowest reader is near enough."""
+        """Wait until the slowest reader is near enough, or is given up."""
         while not self.keeps and self._ahead > AHEAD_BYTES_MAX and self._readers:
-            await self.changed()
+            try:
+                async with asyncio.timeout(STALL_S_MAX):
+                    await self.changed()
+            except TimeoutError:
+                slowest = min(reader.taken for reader in self._readers)
+                self._readers = {reader for reader in self._readers if reader.taken > slowest}
+                self._trim()
 
     def end(self, broken: Exception | None = None) -> None:
         if not self.ended:
@@ -174,6 +183,8 @@ class Fill:
     def chunk(self, index: int) -> bytes | None:
         """The body's chunk of this number, if it is here."""
         at = index - self._gone
+        if at < 0:
+            raise TooSlow
         return self._chunks[at] if at < len(self._chunks) else None
 
     def _trim(self) -> None:
@@ -189,6 +200,10 @@ class Fill:
         if not self.keeps:
             self._trim()
             self.wake()
+
+
+class TooSlow(Exception):
+    """A reader kept all others waiting for so long that it was given up."""
 
 
 class Reader:

@@ -85,7 +85,7 @@ class Kept:
     source: CIMultiDict[str] = field(repr=False)
     """Its headers as the origin sent them."""
     headers: CIMultiDict[str]
-    """Those for clients; without Age and our Cache-Status, which are of the moment."""
+    """Those for clients who come later; without Age and our Cache-Status, which are of the moment."""
     body: bytes = field(repr=False)
     directives: ResponseDirectives
     vary: tuple[str, ...]
@@ -102,6 +102,13 @@ class Kept:
     tags: tuple[str, ...]
     upstream_status: tuple[str, ...]
     """Cache-Status of caches behind us."""
+    head_weight: int
+
+    def first_headers(self) -> CIMultiDict[str]:
+        """Those for the client whom the origin answered: with the fields that nobody is shown again."""
+        if not (self.directives.not_reused or self.directives.not_shared):
+            return self.headers.copy()
+        return _for_clients(self.source, frozenset())
 
     @property
     def came_aged(self) -> bool:
@@ -116,9 +123,10 @@ class Kept:
     def age(self, now: float) -> float:
         return max(0.0, now - self.born)
 
+    @property
     def weight(self) -> int:
-        text = sum(2 * (len(name) + len(value) + HEADER_BYTES) for name, value in self.source.items())
-        return len(self.body) + text + sum(HEADER_BYTES + len(tag) for tag in self.tags)
+        """Bytes, roughly."""
+        return len(self.body) + self.head_weight
 
 
 class Use(Enum):
@@ -227,6 +235,16 @@ def may_keep(kept: Kept, exchange: Exchange) -> bool:
     return True
 
 
+def for_keeping(kept: Kept, *, private: bool) -> Kept:
+    """`kept` without what may not even be held (RFC 9111 §5.2.2.7)."""
+    if private or not kept.directives.not_shared:
+        return kept
+    source = CIMultiDict(kept.source)
+    for name in kept.directives.not_shared:
+        source.popall(name, None)
+    return dataclasses.replace(kept, source=source)
+
+
 def confirms(kept: Kept, headers: Headers) -> bool:
     """Whether a 304 with these headers is about `kept`, of which we asked (RFC 9111 §4.3.4): the validators that it
     states must be its own."""
@@ -283,15 +301,14 @@ def _make(status: int, reason: str | None, source: CIMultiDict[str], exchange: E
     # RFC 9111 §4.2.3
     apparent_s = max(0, int(wall) - date)
     corrected_s = age_value_s + max(0.0, now - exchange.asked_at)
-    headers = shown(source)
     hidden = rules.not_reused if exchange.private else rules.not_reused | rules.not_shared
-    for name in ("Age", "Content-Length", CACHE_STATUS, *hidden):
-        headers.popall(name, None)
+    tags = tags_of(source)
+    text = sum(2 * (len(name) + len(value) + HEADER_BYTES) for name, value in source.items())
     return Kept(
         status=status,
         reason=reason,
         source=source,
-        headers=headers,
+        headers=_for_clients(source, hidden),
         body=b"",
         directives=rules,
         vary=vary,
@@ -302,9 +319,17 @@ def _make(status: int, reason: str | None, source: CIMultiDict[str], exchange: E
         last_modified=source.get("Last-Modified"),
         last_modified_at=http_date(source.get("Last-Modified", ""), wall),
         date=date,
-        tags=tags_of(source),
+        tags=tags,
         upstream_status=tuple(source.getall(CACHE_STATUS, ())),
+        head_weight=text + sum(HEADER_BYTES + len(tag) for tag in tags),
     )
+
+
+def _for_clients(source: CIMultiDict[str], hidden: frozenset[str]) -> CIMultiDict[str]:
+    headers = shown(source)
+    for name in ("Age", "Content-Length", CACHE_STATUS, *hidden):
+        headers.popall(name, None)
+    return headers
 
 
 def _explicit(headers: Headers, rules: ResponseDirectives) -> bool:

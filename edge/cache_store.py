@@ -95,12 +95,14 @@ class Store:
     def put(self, key: Key, kept: Kept, began: int) -> bool:
         """Keep `kept` in place of what answers the same requests, unless something that concerns it was dropped after
         `began`, the generation before its origin was asked."""
-        if self.was_dropped(key, kept.tags, began) or kept.weight() > self._entry_bytes_max:
+        if self.was_dropped(key, kept.tags, began) or kept.weight > self._entry_bytes_max:
             self.drop(key, kept)
             return False
-        others = [other for other in self._variants.pop(key) or () if not _same(other, kept)]
-        variants = [kept, *others][:VARIANTS_MAX]
-        while sum(map(Kept.weight, variants)) > self._url_bytes_max:
+        held = self._variants.pop(key)
+        if held is None:
+            return self._write(key, [kept])
+        variants = [kept, *(other for other in held if not _same(other, kept))][:VARIANTS_MAX]
+        while sum(variant.weight for variant in variants) > self._url_bytes_max:
             variants.pop()
         return self._write(key, variants)
 
@@ -146,7 +148,7 @@ class Store:
         if not variants:
             return False
         tags = dict.fromkeys(_surrogate(tag) for kept in variants for tag in kept.tags)
-        size = sum(map(Kept.weight, variants))
+        size = sum(kept.weight for kept in variants)
         return self._variants.put(key, tuple(variants), size, tags=(key.url_tag(), *tags))
 
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from enum import Enum
+from functools import lru_cache
 from typing import Final, TypeAlias
 from urllib.parse import unquote
 
 Segments: TypeAlias = tuple[str, ...]
 
+REMEMBERED_MAX: Final = 4096
+REMEMBERED_CHARS_MAX: Final = 256
 DECODINGS_MAX: Final = 4
 """A path still changing after so many decodings is nobody's honest path."""
 OPEN_PREFIXES: Final = ("/t", "/docs", "/openapi.json", "/cdn")
@@ -40,9 +43,13 @@ class PathRules:
 
     def __init__(self, public: Iterable[str] = ()) -> None:
         self._open = tuple(_split(prefix) for prefix in (*OPEN_PREFIXES, *public))
+        self._remembered = lru_cache(REMEMBERED_MAX)(self._judge)
 
     def access(self, path: str) -> Access:
         """For the raw path of a request, without its query."""
+        return self._remembered(path) if len(path) <= REMEMBERED_CHARS_MAX else self._judge(path)
+
+    def _judge(self, path: str) -> Access:
         found = readings(path)
         first = {reading[0].lower() if reading else "" for reading in found}
         if not found or "peer" in first:

@@ -235,7 +235,8 @@ async def test_what_belongs_to_one_connection_is_never_kept(cache, origin):
 async def test_fields_named_by_no_cache_or_private_are_not_shown_again(cache, origin):
     control = 'max-age=3600, no-cache="a, B", private="c"'
     origin.says("/a", Answer([("Cache-Control", control), ("a", "1"), ("b", "2"), ("c", "3"), ("d", "4")]))
-    await get(cache)
+    first = await get(cache)
+    assert [first.headers[name] for name in "abcd"] == ["1", "2", "3", "4"], "whom the origin answered sees all"
     again = await get(cache)
     assert result(again) == "hit" and again.headers["d"] == "4"
     assert not {"a", "b", "c"} & {name.lower() for name in again.headers}

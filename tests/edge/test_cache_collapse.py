@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from edge.cache import HttpCache
 from tests.edge.cacheorigin import Answer, get, result
 from tests.edge.conftest import until
 from tests.edge.test_cache import HOUR
@@ -158,6 +159,28 @@ async def test_who_comes_while_the_body_is_on_its_way_gets_all_of_it(cache, orig
     assert (await first.read(), await late.read()) == (answer.body, answer.body) and origin.count("/a") == 1
 
 
+async def test_who_asks_for_the_same_variant_joins_it_while_its_body_is_on_its_way(cache, origin):
+    answer = Answer([*HOUR, ("Vary", "Foo")], body=b"x" * 100_000, hold=asyncio.Event())
+    origin.says("/a", answer, Answer(NO_STORE, body=b"other"))
+    url, same = cache.url + "/a", {"Foo": "1"}
+    first, late = [await cache.client.get(url, headers=same) for _ in range(2)]
+    assert await (await get(cache, headers={"Foo": "2"})).read() == b"other"
+    answer.hold.set()
+    assert (await first.read(), await late.read()) == (answer.body, answer.body) and origin.count("/a") == 2
+
+
+async def test_a_body_nobody_is_there_for_when_it_begins_is_not_kept_in_part(cache, origin, monkeypatch):
+    async def leave(*args: Any, **options: Any) -> None:
+        raise ConnectionResetError("the client left")
+
+    origin.says("/a", Answer(HOUR, body=b"x" * 100_000, chunked=True))
+    with monkeypatch.context() as patch, pytest.raises(aiohttp.ClientError):
+        patch.setattr(HttpCache, "_deliver", leave)
+        await get(cache)
+    await until(lambda: not cache.edge.cache.busy, "the fetch ended")
+    assert result(whole := await get(cache)) == "fwd=uri-miss" and len(await whole.read()) == 100_000
+
+
 async def test_a_body_that_breaks_off_is_cut_for_all_and_not_kept(cache, origin):
     cut = Answer(HOUR, body=b"x" * 100_000, length=200_000, cut=True, hold=asyncio.Event())
     origin.says("/a", cut, Answer(HOUR))
@@ -178,6 +201,22 @@ async def test_a_body_that_turns_out_too_large_reaches_all_who_read_it(origin, c
     answer.hold.set()
     assert all([await response.read() == answer.body for response in responses]) and origin.count("/a") == 1
     assert edge.edge.cache.statistics().items == 0
+
+
+async def test_who_does_not_read_holds_up_nobody_for_long(origin, clock, start_edge, monkeypatch):
+    monkeypatch.setattr("edge.cache_fill.STALL_S_MAX", 0.05)
+    limits = {"cache_bytes_max": 1 << 20, "cache_entry_bytes_max": 100_000}
+    edge = await start_edge(origins=(origin.url,), public=("/",), issuers=(), clock=clock, **limits)
+    answer = Answer(HOUR, body=b"0123456789" * 2_000_000, chunked=True, hold=asyncio.Event())
+    origin.says("/a", answer)
+    _, asleep = await asyncio.open_connection("127.0.0.1", edge.port, limit=1024)
+    asleep.write(b"GET /a HTTP/1.1\r\nHost: " + edge.url.removeprefix("http://").encode() + b"\r\n\r\n")
+    await until(lambda: origin.count("/a") == 1, "it asked")
+    reading = await edge.client.get(edge.url + "/a")
+    answer.hold.set()
+    async with asyncio.timeout(20):
+        assert await reading.read() == answer.body and origin.count("/a") == 1
+    asleep.close()
 
 
 async def test_the_origins_failure_is_everybodys(cache, origin):

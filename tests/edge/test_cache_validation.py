@@ -38,11 +38,11 @@ async def test_a_304_changes_nothing_that_the_kept_bytes_depend_on(cache, origin
     )
     await get(cache)
     clock.step(3)
-    for _ in range(2):
+    for age in (None, "0"):  # the old one is not counted again
         response = await get(cache)
+        assert response.headers.get("Age") == age
         assert response.headers["Content-Encoding"] == "x" and response.headers["Content-Length"] == "4"
         assert response.headers["Content-Type"] == "c/d" and response.headers["L"] == "1"
-        assert "Age" not in response.headers or response.headers["Age"] == "0", "the old one is not counted again"
 
 
 async def test_a_304_without_a_lifetime_keeps_the_old_one(cache, origin, clock):
