@@ -213,6 +213,4 @@ def _covers(entry: tuple[float, float], issued: object, now: float) -> bool:
     not_before, until = entry
     if not _counts(until, now):
         return False
-    if isinstance(issued, bool) or not isinstance(issued, int | float):
-        return True
-    return issued <= not_before
+    return not isinstance(issued, int | float) or issued <= not_before

@@ -156,8 +156,21 @@ def test_at_the_limit_everybody_logs_in_again_and_no_revoked_token_returns(clock
     # By a clock that is five seconds ahead, it was issued before.
     assert revocations.refuses(claims(jti="innocent", iat=NOW + 5))
     assert not revocations.refuses(claims(jti="new", iat=NOW + 6))
-    clock.step(607 + KEPT_S + 1)
+    clock.step(607 + KEPT_S)
+    assert all(revocations.refuses(claims(jti=f"j{number}")) for number in range(8))
+    clock.step(1)
     assert not revocations.refuses(claims(jti="new", iat=None))
+
+
+def test_a_second_time_at_the_limit_with_a_clock_set_back_keeps_the_later_moment(clock):
+    revocations = Revocations(items_max=1, clock=clock)
+    for number in range(2):
+        revocations.revoke_token(ISSUER, f"a{number}", NOW + 600)
+    clock.set_time(NOW - 300)
+    for number in range(2):
+        revocations.revoke_token(ISSUER, f"b{number}", NOW + 600)
+    assert revocations.statistics().folds >= 2
+    assert revocations.refuses(claims(jti="a0", iat=NOW))
 
 
 def test_at_the_limit_a_subject_kept_out_for_good_does_not_keep_everybody_out(clock):
