@@ -118,7 +118,7 @@ def test_a_weak_rsa_key_is_refused(bits):
     assert not found.keys and f"RSA of {bits} bits" in found.refused[0]
 
 
-@pytest.mark.parametrize("exponent", [1, 2, 3, 17, 65535, 65536, (1 << 64) + 1])
+@pytest.mark.parametrize("exponent", [1, 2, 3, 17, 65535, 65536, 65538, (1 << 64) + 1])
 def test_an_rsa_exponent_that_is_none_is_refused(exponent):
     jwk = RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 2048).public_key(), as_dict=True)
     found = load({**jwk, "key_ops": ["verify"], "e": number(exponent)})
