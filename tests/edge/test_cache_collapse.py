@@ -4,6 +4,8 @@ bodies that stream while they are kept, and drops that race fetches."""
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from typing import Any
 
 import aiohttp
@@ -27,6 +29,20 @@ async def asking(edge: Any, count: int, **options: Any) -> list[asyncio.Task[aio
 
 def waiting(edge: Any) -> int:
     return len(edge.edge.presence)
+
+
+async def connected(edge: Any) -> asyncio.StreamWriter:
+    """A client that has asked for /a, and will not say goodbye."""
+    _, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(f"GET /a HTTP/1.1\r\nHost: {edge.url.removeprefix('http://')}\r\n\r\n".encode())
+    return writer
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Leave so that the edge cannot take it for a half-closed connection."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
 
 
 async def test_many_who_ask_the_same_at_once_are_one_request(cache, origin):
@@ -103,11 +119,11 @@ async def test_who_wants_to_hear_it_from_the_origin_joins_nobody(cache, origin):
 async def test_the_first_one_leaving_spares_those_who_wait(cache, origin):
     answer = gated(HOUR)
     origin.says("/a", answer)
-    (first,) = await asking(cache, 1)
+    first = await connected(cache)
     await until(lambda: origin.count("/a") == 1, "the first asked")
     rest = await asking(cache, 5)
     await until(lambda: waiting(cache) == 6, "all wait")
-    first.cancel()
+    reset(first)
     await until(lambda: origin.count("/a") == 2, "somebody else asks")
     answer.before.set()
     assert {await (await task).read() for task in rest} == {b"body"}
@@ -128,9 +144,10 @@ async def test_the_first_one_leaving_within_the_body_spares_those_who_read_it(ca
 async def test_when_all_leave_the_origin_is_left_too(cache, origin):
     answer = Answer(HOUR, chunked=True, hold=asyncio.Event())
     origin.says("/a", answer)
-    responses = [await cache.client.get(cache.url + "/a") for _ in range(2)]
-    for response in responses:
-        response.close()
+    leaving = [await connected(cache) for _ in range(2)]
+    await until(lambda: waiting(cache) == 2 and origin.count("/a") == 1, "both are answered")
+    for writer in leaving:
+        reset(writer)
     await until(lambda: not cache.edge.cache.busy, "the fetch ended")
     answer.hold.set()
     assert result(await get(cache)) == "fwd=uri-miss"
