@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from random import Random
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -43,6 +44,7 @@ from edge.proxy import (
     target_of,
 )
 from edge.revocation import ITEMS_MAX, Revocations
+from edge.streams import SharedStreams
 from edge.threads import THREADS_PATH, ask_of, freshness_of, kind_of, thread_of
 from edge.timing import add_timing, timing_middleware
 from edge.wire import Wire, WireLimits
@@ -110,6 +112,7 @@ class Edge:
         self.presence = Presence()
         self._upstream = Upstream(self._session, self.balancer, self.metrics, headers_timeout_s=edge.origin_timeout_s)
         self._proxy = Proxy(self._upstream, self.presence, body_bytes_max=self._body_bytes_max)
+        self.streams = SharedStreams(self._upstream, self.presence, self.metrics)
         self.cache = HttpCache(
             self._proxy,
             self._upstream,
@@ -186,6 +189,11 @@ class Edge:
                 query = target_of(request).partition("?")[2]
                 ask = ask_of(request, kind, verified.principal, path, query, self.coherent.incarnation)
                 return await self._read(self.coherent, request, ask, verified.principal)
+            if request.method == "GET" and path.endswith("/events"):
+                principal = verified.principal
+                headers = partial(self._headers, request, self._identity(principal))
+                if (stream := await self.streams.follow(request, principal, headers)) is not None:
+                    return stream
             if request.method not in SAFE_METHODS:
                 return await self._write(self.coherent, request, path, verified.principal)
         timeout_s = MODEL_TIMEOUT_S if path.startswith("/v1/") else None
@@ -231,6 +239,7 @@ class Edge:
 
     async def close(self) -> None:
         """Idempotent."""
+        await self.streams.close()
         await self.cache.close()
         await self._session.close()
 

@@ -2,7 +2,7 @@
 
 Promise: what a client says about where it comes from is passed on only if a trusted proxy said it, and is replaced by
 what the edge saw itself otherwise; a request that goes in circles ends (508); one that may go no further is answered
-here; one that asks for another protocol is told that there is none. Left to others: which other headers cross
+here; one that opens a WebSocket is told that there is none. Left to others: which other headers cross
 (`headers.py`). Rules: RFC 9110 §7.6.2, §7.6.3, §7.8; RFC 7239.
 """
 
@@ -94,7 +94,8 @@ def check_way(request: web.BaseRequest) -> web.Response | None:
         passed = (part.split() for line in headers.getall("Via") for part in line.split(","))
         if sum(len(part) > 1 and part[1].lower() == PSEUDONYM for part in passed) >= TIMES_MAX:
             raise Problem(508, "loop-detected", "The request has come through this edge's kind too often.")
-    if "Upgrade" in headers and "websocket" in _protocols(headers.getall("Upgrade")):
+    # The front (`framing.py`) offers Upgrade to nobody; this field is in every opening handshake, and in nothing else.
+    if "Sec-WebSocket-Key" in headers:
         raise Problem(501, "upgrade-not-served", "WebSocket is not served; follow threads by server-sent events.")
     if request.method == "OPTIONS" and headers.get("Max-Forwards", "").strip() == "0":
         return web.Response(status=204, headers={"Allow": METHODS})
@@ -107,10 +108,6 @@ def forwards_left(request: web.BaseRequest) -> str | None:
     if request.method != "OPTIONS" or not (given.isascii() and given.isdigit() and len(given) <= 9):
         return None
     return str(max(0, int(given) - 1))
-
-
-def _protocols(values: Iterable[str]) -> set[str]:
-    return {part.partition("/")[0].strip().lower() for value in values for part in value.split(",")}
 
 
 def _node(remote: str) -> str:

@@ -3,8 +3,8 @@
 Promise: bodies move chunk by chunk with the slower side's pace, events unbuffered; a request is sent a second time only
 where that cannot do anything twice; an origin that fails before its answer is a 502 or 504 problem, one that fails
 within it cuts the client's connection rather than ending it as if whole; a client that leaves ends the origin's work;
-event streams end cleanly when the process drains. Left to others: who may ask (`app.py`), caching (`listing.py`), which
-headers cross (`headers.py`), HTTP framing (aiohttp).
+event streams end cleanly when the process drains. Left to others: who may ask (`app.py`), caching (`cache.py`,
+`coherent.py`), streams in common (`streams.py`), which headers cross (`headers.py`), HTTP framing (aiohttp).
 """
 
 from __future__ import annotations
