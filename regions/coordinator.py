@@ -439,15 +439,27 @@ class Coordinator:
             entry = carried.get(seq)
             if entry is None or not entries:
                 # The last one is looked up at any rate: the hash chain then speaks for those before it.
-                part = await self._log.slice(thread_id, seq - 1, bytes_max=1)
-                if part is None or not part.entries or part.entries[0].hash != digest:
+                entry = await self._once_here(thread_id, seq, answer.group)
+                if entry is None or entry.hash != digest:
                     raise OutcomeUnknown(
                         f"written, but not to be read in {self._topology.region} yet; retry with the same ids"
                     )
-                entry = part.entries[0]
             entries.insert(0, entry)
         _, position = await self._log.feed_bounds()
         return msgspec.structs.replace(answer.written, entries=tuple(entries), position=position)
+
+    async def _once_here(self, thread_id: str, seq: int, written_under: GroupRow) -> Entry | None:
+        """The entry at `seq`. Waited for while the group moves: a region that has promised it to another takes no more
+        of the old epoch, and gets what a majority has with the new holder's log."""
+        deadline = self._clock.monotonic() + self._limits.write_seconds_max / 2
+        while True:
+            part = await self._log.slice(thread_id, seq - 1, bytes_max=1)
+            if part is not None and part.entries:
+                return part.entries[0]
+            moves = self._log.groups[written_under.group].promised > written_under.epoch
+            if not moves or self._clock.monotonic() >= deadline:
+                return None
+            await self._clock.sleep(PAUSE_S * self._rng.uniform(0.5, 1.5))
 
     # ------------------------------------------------------------ whose thread it is
 
