@@ -25,7 +25,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from edge.auth import REALM, AuthProblem, TokenVerifier, TrustedIssuer, VerifiedToken
 from edge.balancer import Balancer
 from edge.cache import HttpCache
-from edge.coherent import ENTRY_BYTES_MAX, Ask, Coherent, Fetched
+from edge.coherent import ENTRY_BYTES_MAX, REPEAT, Ask, Coherent, Fetched
+from edge.fastpath import OFFER, Memo, Offer
 from edge.feed import Feed
 from edge.headers import CACHE_STATUS, POSITION_HEADER, for_client, for_fill, for_origin, position_of
 from edge.hops import METHODS, TrustedProxies, check_way
@@ -106,7 +107,10 @@ class Edge:
         self._trusted = TrustedProxies(edge.trusted_proxies)
         self.metrics = Metrics()
         self._refused = self.metrics.counter("edge_auth_failures_total", "Requests not let in, by reason.", ("reason",))
-        self.wire = Wire(WireLimits.of(edge), self.metrics, clock=clock)
+        memo = None
+        if edge.fastpath_bytes_max:
+            memo = Memo(self.metrics, size_bytes_max=edge.fastpath_bytes_max, clock=clock)
+        self.wire = Wire(WireLimits.of(edge), self.metrics, memo=memo, clock=clock)
         self._session = make_session()
         self.balancer = Balancer(origins, clock=clock)
         self.presence = Presence()
@@ -183,12 +187,17 @@ class Edge:
             )
         verified = await self._authenticate(request)
         if path == VERIFY_PATH:
-            return _claims_response(request, verified)
+            response = _claims_response(request, verified)
+            response[OFFER] = Offer(verified, None)
+            return response
         if self.coherent is not None and path.startswith(THREADS_PATH):
             if request.method in ("GET", "HEAD") and (kind := kind_of(path)) is not None:
                 query = target_of(request).partition("?")[2]
                 ask = ask_of(request, kind, verified.principal, path, query, self.coherent.incarnation)
-                return await self._read(self.coherent, request, ask, verified.principal)
+                response = await self._read(self.coherent, request, ask, verified.principal)
+                if (repeat := response.get(REPEAT)) is not None:
+                    response[OFFER] = Offer(verified, repeat, partial(self.coherent.repeated, kind))
+                return response
             if request.method == "GET" and path.endswith("/events"):
                 principal = verified.principal
                 headers = partial(self._headers, request, self._identity(principal))

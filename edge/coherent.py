@@ -147,6 +147,11 @@ class Repeat:
     def cache_status(self, now: float) -> str:
         return _with_ours(self._held.headers, _hit_status(self._held, now))
 
+    def steady_until(self, now: float) -> float:
+        """When the first of `age_s` and `cache_status` changes."""
+        held = self._held
+        return min(now + 1.0 - (now - held.stored_at) % 1.0, now + (held.expires_at - now) % 1.0)
+
 
 REPEAT: Final = web.ResponseKey("repeat", Repeat)
 """Of a response that was served from memory."""
@@ -248,6 +253,10 @@ class Coherent:
             for tag in written:
                 # Of a store that replaced the one whose feed we follow: passed by the reset that must come, not before.
                 self._written.raise_to(tag, number if incarnation == self._feed.incarnation else sys.maxsize)
+
+    def repeated(self, kind: Kind, times: int) -> None:
+        """Answers handed out with a `Repeat` were given again so often."""
+        self._asked.labels(kind.name, "hit").inc(times)
 
     def statistics(self) -> CacheStatistics:
         return self._entries.statistics()

@@ -20,6 +20,7 @@ from typing import Any, Final, cast
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from edge.fastpath import Memo
 from edge.framing import (
     ALLOWED,
     Body,
@@ -61,6 +62,7 @@ _REASONS: Final = {
     505: "HTTP Version Not Supported",
 }
 
+_REPEATABLE: Final = frozenset({b"GET", b"HEAD"})
 _INTERIM: Final = b"HTTP/1.1 1"
 _EVENTS: Final = b"text/event-stream"
 
@@ -112,8 +114,12 @@ class WireStatistics:
 class Wire:
     """All connections of one edge process."""
 
-    def __init__(self, limits: WireLimits, metrics: Metrics, *, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self, limits: WireLimits, metrics: Metrics, *, memo: Memo | None = None, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
         self.limits = limits
+        self.memo = memo
+        """Answers that may be repeated; None: every request takes the slow path."""
         self.clock = clock
         self.draining = False
         self._connections: set[Connection] = set()
@@ -137,9 +143,10 @@ class Wire:
         try:
             response = await handler(request)
         except web.HTTPException as exc:
-            await _finish(request, exc)
+            await self._finish(request, exc)
             raise
-        return await _finish(request, response)
+        await self._finish(request, response)
+        return response
 
     async def run(self) -> None:
         """Keep the deadlines until cancelled. One look at all connections costs less than a timer for each."""
@@ -152,13 +159,14 @@ class Wire:
     def drain(self) -> None:
         """Close what is kept alive and idle; the rest closes with its next answer. Idempotent."""
         self.draining = True
+        self.memo = None
         for connection in tuple(self._connections):
             if connection.kept and connection.idle:
                 connection.end("drained")
 
     async def flushed(self) -> None:
         """Return when every answer is in the kernel's hands."""
-        while any(connection.unsent for connection in self._connections):
+        while any(self.unsent()):
             await self.clock.sleep(FLUSH_TURN_S)
 
     def close(self) -> None:
@@ -193,9 +201,23 @@ class Wire:
     def ended(self, cause: str) -> None:
         self._ended.labels(cause).inc()
 
+    def unsent(self) -> list[int]:
+        """Of each connection, the bytes of answers that it has not taken yet."""
+        return [connection.unsent for connection in self._connections]
+
     def statistics(self) -> WireStatistics:
         idle = sum(connection.idle for connection in self._connections)
         return WireStatistics(len(self._connections), idle, len(self._addresses))
+
+    async def _finish(self, request: web.Request, response: web.StreamResponse) -> None:
+        dated = "Date" in response.headers
+        await response.prepare(request)
+        await response.write_eof()
+        pipe = request.transport
+        if isinstance(pipe, _Pipe) and (connection := pipe.connection) is not None:
+            if self.memo is not None and connection.raw:
+                self.memo.keep(connection.raw, request, response, dated=dated)
+            connection.answered(keep_alive=bool(response.keep_alive))
 
     def _shed(self) -> bool:
         """Free some places: those of the connections that have sent no whole request for longest."""
@@ -226,10 +248,14 @@ class Connection(asyncio.Protocol):
         """When the present phase began; of READY, when the first byte came once one has."""
         self._buffer = b""
         """Came, and not handed on yet."""
+        self._missed = b""
+        """What came last, if no answer to it could be repeated."""
         self._checked = 0
         """So much of a head that has not ended was found good."""
         self.kept = False
         """It has had a request, and is kept for the next one."""
+        self.raw = b""
+        """The head of the request under way, as it came, if it has no body."""
         self._body: Body | None = None
         self._answered = False
         """The request whose body still comes has its answer."""
@@ -271,6 +297,14 @@ class Connection(asyncio.Protocol):
         phase = self._phase
         if phase is _Phase.CLOSING:
             return
+        if phase is _Phase.READY and not self._buffer and not self._write_paused and data[-4:] == b"\r\n\r\n":
+            memo = self._wire.memo
+            if memo is not None:
+                answer = memo.answer(data)
+                if answer is not None:
+                    self._repeat(answer, memo.now)
+                    return
+                self._missed = data
         if self._buffer:
             self._buffer += data
         else:
@@ -294,7 +328,7 @@ class Connection(asyncio.Protocol):
             return True
         if self._write_paused:
             return True
-        if not self._buffer:
+        if not self._buffer.strip(b"\r\n"):
             return False
         self.refuse(Problem(400, "incomplete-request", "The connection ended within the request's head."))
         return True
@@ -428,7 +462,7 @@ class Connection(asyncio.Protocol):
                 break
         if self._phase is _Phase.READY and self._eof and not self._write_paused:
             # What is left can be no whole request.
-            if self._buffer:
+            if self._buffer.strip(b"\r\n"):
                 self.refuse(Problem(400, "incomplete-request", "The connection ended within the request's head."))
             else:
                 self._close()
@@ -447,6 +481,12 @@ class Connection(asyncio.Protocol):
                 return False
             self._checked = 0
             raw = data[: end + 4]
+            memo = self._wire.memo
+            # The very object, if it came as one piece: it need not be looked up twice.
+            if memo is not None and raw is not self._missed and (answer := memo.answer(raw)) is not None:
+                self._buffer = data[end + 4 :]
+                self._repeat(answer, memo.now)
+                return True
             head = read_head(raw)
         except Problem as problem:
             self.refuse(problem)
@@ -455,13 +495,21 @@ class Connection(asyncio.Protocol):
         if head.server_wide:
             self._answer_for_server()
             return True
-        self._hand_on(head)
+        self._hand_on(head, raw)
         return True
 
-    def _hand_on(self, head: Head) -> None:
+    def _repeat(self, answer: bytes, now: float) -> None:
+        assert self._transport is not None
+        self.kept = True
+        self.since = now
+        self._written += len(answer)
+        self._transport.write(answer)
+
+    def _hand_on(self, head: Head, raw: bytes) -> None:
         self.kept = True
         self._method = head.method
         self._body = body_of(head)
+        self.raw = raw if self._body is None and head.method in _REPEATABLE else b""
         self._answered = False
         self._phase = _Phase.ANSWER if self._body is None else _Phase.BODY
         self.since = self._wire.clock.monotonic()
@@ -514,6 +562,7 @@ class Connection(asyncio.Protocol):
 
     def _next(self) -> None:
         self._phase = _Phase.READY
+        self.raw = self._missed = b""
         self._answered = False
         self.since = self._wire.clock.monotonic()
         if self._wire.draining and not self._buffer:
@@ -571,7 +620,7 @@ class _Pipe(asyncio.Transport):
 
     def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
         super().__init__()
-        self._connection: Connection | None = connection
+        self.connection: Connection | None = connection
         self._transport = transport
         self.wrote = False
         """A part of the answer to the present request was written."""
@@ -584,49 +633,45 @@ class _Pipe(asyncio.Transport):
 
     def detach(self) -> None:
         """The connection has done with whoever writes here."""
-        self._connection = None
-
-    def answered(self, response: web.StreamResponse) -> None:
-        if self._connection is not None:
-            self._connection.answered(keep_alive=bool(response.keep_alive))
+        self.connection = None
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self._connection is not None:
+        if self.connection is not None:
             self._note(data, len(data))
             self._transport.write(data)
 
     def writelines(self, list_of_data: Any) -> None:
-        if self._connection is not None:
+        if self.connection is not None:
             parts = list(list_of_data)
             if parts:
                 self._note(parts[0], sum(map(len, parts)))
                 self._transport.writelines(parts)
 
     def _note(self, first: bytes | bytearray | memoryview, size: int) -> None:
-        assert self._connection is not None
+        assert self.connection is not None
         if not self.wrote and bytes(first[:10]) != _INTERIM:
             self.wrote = True
             self.events = _EVENTS in bytes(first[:4096])
-        self._connection.wrote(size)
+        self.connection.wrote(size)
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.app_closed()
+        if self.connection is not None:
+            self.connection.app_closed()
 
     def abort(self) -> None:
-        if self._connection is not None:
-            self._connection.abort()
+        if self.connection is not None:
+            self.connection.abort()
 
     def is_closing(self) -> bool:
-        return self._connection is None or self._transport.is_closing()
+        return self.connection is None or self._transport.is_closing()
 
     def pause_reading(self) -> None:
-        if self._connection is not None:
-            self._connection.app_paused(True)
+        if self.connection is not None:
+            self.connection.app_paused(True)
 
     def resume_reading(self) -> None:
-        if self._connection is not None:
-            self._connection.app_paused(False)
+        if self.connection is not None:
+            self.connection.app_paused(False)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return self._transport.get_extra_info(name, default)
@@ -654,15 +699,6 @@ def refusal(problem: Problem, unix_s: float, *, head_only: bool = False) -> byte
         "\r\n",
     ]
     return "\r\n".join(lines).encode() + (b"" if head_only else body)
-
-
-async def _finish(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-    await response.prepare(request)
-    await response.write_eof()
-    pipe = request.transport
-    if isinstance(pipe, _Pipe):
-        pipe.answered(response)
-    return response
 
 
 def _busy(kind: str, detail: str) -> Problem:

@@ -10,7 +10,7 @@ here reads a clock or starts a task.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -119,6 +119,10 @@ class ByteLRU(Generic[K, V]):
     def pop(self, key: K) -> V | None:
         """Take the entry out and return its value, expired or not; None if there is none. Not a hit."""
         return self._remove(key).value if key in self._entries else None
+
+    def values(self) -> Iterator[V]:
+        """All of them, expired or not, the least recently used first; no hits."""
+        return (entry.value for entry in self._entries.values())
 
     def drop_tag(self, tag: str) -> int:
         """Drop every entry that carries `tag`; how many there were."""

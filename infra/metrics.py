@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -37,6 +38,10 @@ class Metrics:
     def __init__(self, *, process: bool = True) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
         self._made: dict[str, tuple[type, tuple[str, ...], object]] = {}
+        self._before_scrape: list[Callable[[], None]] = []
+        self.requests = RequestSeconds()
+        """Of the requests that `middleware` sees, and of those that are answered without it."""
+        self.registry.register(self.requests)
         if process:
             ProcessCollector(registry=self.registry)
 
@@ -75,8 +80,14 @@ class Metrics:
             lambda: Histogram(name, help, labels, registry=self.registry, buckets=buckets),
         )
 
+    def before_scrape(self, told: Callable[[], None]) -> None:
+        """Call `told` before all series are read: for what is counted elsewhere first, because it is counted often."""
+        self._before_scrape.append(told)
+
     def text(self, accept: str = "") -> tuple[bytes, str]:
         """All series as (body, content type), in the format that `accept` asks for."""
+        for told in self._before_scrape:
+            told()
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
@@ -87,13 +98,8 @@ class Metrics:
 
     def middleware(self) -> Middleware:
         """Observes every request. Put it outside of whatever turns exceptions into answers."""
-        seconds = self.histogram(
-            "http_server_request_duration_seconds",
-            "Time from a request's headers to its handler's end.",
-            ("method", "route", "status"),
-        )
+        requests = self.requests
         in_flight = self.gauge("http_server_active_requests", "Requests being handled now.")
-        series: dict[tuple[str, str, int], Histogram] = {}
 
         @web.middleware
         async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -112,12 +118,8 @@ class Metrics:
                 raise
             finally:
                 in_flight.dec()
-                method = request.method if request.method in _METHODS else "other"
-                key = (method, route_template(request), status)
-                child = series.get(key)
-                if child is None:
-                    child = series[key] = seconds.labels(*key)
-                child.observe(time.perf_counter() - started)
+                series = requests.series(request.method, route_template(request), status)
+                series.observe(time.perf_counter() - started)
 
         return middleware
 
@@ -133,6 +135,55 @@ class Metrics:
         if not isinstance(instrument, kind) or made_labels != tuple(labels):
             raise ValueError(f"{name} is already a {made_kind.__name__} with labels {made_labels}")
         return instrument
+
+
+class Series:
+    """One series of `RequestSeconds`."""
+
+    __slots__ = ("counts", "sum")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(HTTP_BUCKETS) + 1)
+        self.sum = 0.0
+
+    def observe(self, seconds: float, times: int = 1) -> None:
+        """`times` requests that took `seconds` each."""
+        self.counts[bisect_left(HTTP_BUCKETS, seconds)] += times
+        self.sum += seconds * times
+
+
+class RequestSeconds(Collector):
+    """The histogram of HTTP requests. Of one event loop: without the locks of a `Histogram`, a tenth of its cost,
+    and many requests at once can be told to it."""
+
+    NAME: Final = "http_server_request_duration_seconds"
+
+    def __init__(self) -> None:
+        self._series: dict[tuple[str, str, int], Series] = {}
+
+    def series(self, method: str, route: str, status: int) -> Series:
+        key = (method if method in _METHODS else "other", route, status)
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = Series()
+        return series
+
+    def describe(self) -> Iterable[Metric]:
+        return [self._family()]
+
+    def collect(self) -> Iterable[Metric]:
+        family = self._family()
+        for (method, route, status), series in self._series.items():
+            reached, buckets = 0, []
+            for bound, count in zip((*map(str, HTTP_BUCKETS), "+Inf"), series.counts, strict=True):
+                reached += count
+                buckets.append((bound, reached))
+            family.add_metric((method, route, str(status)), buckets, series.sum)
+        return [family]
+
+    def _family(self) -> HistogramMetricFamily:
+        help = "Time from a request's headers to its handler's end."
+        return HistogramMetricFamily(self.NAME, help, labels=("method", "route", "status"))
 
 
 class _Family(Collector):

@@ -125,6 +125,7 @@ SecondsOrNone = Annotated[float, Meta(ge=0, le=86_400, description="seconds, fro
 Interval = Annotated[float, Meta(ge=0, le=31 * 86_400, description="seconds, from 0 (never) to 2678400")]
 Lifetime = Annotated[float, Meta(gt=0, le=3_660 * 86_400, description="seconds, over 0 and at most 316224000")]
 Bytes = Annotated[int, Meta(ge=1024, le=1 << 40, description="a number of bytes, at least 1024")]
+BytesOrNone = Annotated[int, Meta(ge=0, le=1 << 40, description="a number of bytes, or 0")]
 Count = Annotated[int, Meta(ge=1, le=1 << 31, description="a whole number, at least 1")]
 CountOrNone = Annotated[int, Meta(ge=0, le=1 << 31, description="a whole number, 0 or more")]
 Processes = Annotated[int, Meta(ge=1, le=256, description="a whole number from 1 to 256")]
@@ -209,6 +210,8 @@ class EdgeSettings(Struct, frozen=True):
     """How long past its time an answer may stand in for an origin that does not answer."""
     drain_s: SecondsOrNone = 10.0
     origin_timeout_s: Seconds = 30.0
+    fastpath_bytes_max: BytesOrNone = 64 * 1024 * 1024
+    """Answers ready to be repeated to the same bytes; 0: none, each request takes the slow path, to the same answer."""
     header_deadline_s: Seconds = 10.0
     body_deadline_s: Seconds = 30.0
     """From then on a body must have come at 1 KiB a second on average."""

@@ -1,0 +1,214 @@
+"""Answers that may be given again to the very same bytes, without asking what they mean.
+
+Promise: an answer from here is the one that the slow path would give now: the same bytes asked for it, and whatever
+made it true is looked at again with every hit (the token, its revocation and key; the entry it came from, the
+feed's lease); Date, Age and the ttl in Cache-Status are those of this second; every hit is counted where the slow path
+counts it. Bounded in entries and bytes, the least recently used goes first. Left to others: framing and order on a
+connection (`wire.py`), what may be offered (`app.py`). A `traceparent` is no part of the bytes: no answer kept here
+depends on it, and clients that trace send a new one with each request.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from email.utils import formatdate
+from typing import Final, Protocol
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from edge.headers import CACHE_STATUS
+from infra.cache import ByteLRU, CacheStatistics
+from infra.clock import SYSTEM_CLOCK, Clock
+from infra.metrics import Metrics, Series, route_template
+
+ENTRIES_MAX: Final = 20_000
+REQUEST_BYTES_MAX: Final = 12 * 1024
+BODY_BYTES_MAX: Final = 256 * 1024
+RENDER_S_MAX: Final = 3600.0
+ENTRY_BYTES: Final = 1024
+"""What an entry weighs beside its bytes, roughly."""
+
+_TRACEPARENT: Final = re.compile(rb"\r\n[Tt]raceparent: 00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?=\r\n)")
+
+
+class Token(Protocol):
+    """Who may have the answer: `auth.VerifiedToken`."""
+
+    def still_good(self, now: float) -> bool:
+        """At `now`, Unix seconds."""
+        ...
+
+
+class Standing(Protocol):
+    """What the answer was made of: `coherent.Repeat`. Times are monotonic seconds."""
+
+    def good(self, now: float) -> bool: ...
+
+    def age_s(self, now: float) -> int: ...
+
+    def cache_status(self, now: float) -> str: ...
+
+    def steady_until(self, now: float) -> float:
+        """Until when `age_s` and `cache_status` stay what they are."""
+        ...
+
+
+class Offer:
+    """Leave to give an answer again while `token` and `standing` hold. `count` is told how often it was."""
+
+    __slots__ = ("count", "standing", "token")
+
+    def __init__(
+        self, token: Token | None, standing: Standing | None, count: Callable[[int], None] | None = None
+    ) -> None:
+        self.token = token
+        self.standing = standing
+        self.count = count
+
+
+OFFER: Final = web.ResponseKey("offer", Offer)
+"""On a response that may be repeated."""
+
+
+class Answer:
+    """One answer that may be repeated, to the request `key`."""
+
+    __slots__ = (
+        "_body",
+        "_dated",
+        "_headers",
+        "_status_line",
+        "hits",
+        "key",
+        "offer",
+        "seconds",
+        "series",
+        "steady_until",
+        "wire",
+    )
+
+    def __init__(
+        self, key: bytes, response: web.Response, offer: Offer, series: Series, body: bytes, *, dated: bool
+    ) -> None:
+        self.key = key
+        self.offer = offer
+        self.series = series
+        self.hits = 0
+        """Since the counters were told."""
+        self.seconds = 0.0
+        """What one hit takes, measured now and then."""
+        self.wire = b""
+        """The whole of it, as of this second."""
+        self.steady_until = -math.inf
+        self._dated = dated
+        """Its Date is an origin's, and stays."""
+        self._status_line = f"HTTP/1.1 {response.status} {response.reason}\r\n"
+        self._headers: CIMultiDict[str] = response.headers.copy()
+        self._body = body
+
+    def render(self, now: float, unix: float) -> None:
+        headers = self._headers
+        steady = now + RENDER_S_MAX
+        if not self._dated:
+            headers["Date"] = formatdate(unix, usegmt=True)
+            steady = now + 1.0 - unix % 1.0
+        standing = self.offer.standing
+        if standing is not None:
+            headers["Age"] = str(standing.age_s(now))
+            headers[CACHE_STATUS] = standing.cache_status(now)
+            steady = min(steady, standing.steady_until(now))
+        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        self.wire = f"{self._status_line}{fields}\r\n".encode() + self._body
+        self.steady_until = steady
+
+    def flush(self) -> int:
+        """Tell the counters of the hits since last time; how many there were."""
+        hits, self.hits = self.hits, 0
+        if hits:
+            self.series.observe(self.seconds, hits)
+            if self.offer.count is not None:
+                self.offer.count(hits)
+        return hits
+
+
+class Memo:
+    """The answers of one edge process that may be repeated."""
+
+    def __init__(self, metrics: Metrics, *, size_bytes_max: int, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.now = 0.0
+        """When `answer` was last asked, monotonic."""
+        self._clock = clock
+        self._metrics = metrics
+        self._answers: ByteLRU[bytes, Answer] = ByteLRU(
+            size_bytes_max=size_bytes_max, items_max=ENTRIES_MAX, on_remove=self._removed
+        )
+        self._ready: dict[bytes, Answer] = {}
+        """The same: to be looked into with every request, while the other is told of a use once a second."""
+        metrics.before_scrape(self.flush)
+        metrics.gauge("edge_fastpath_entries", "Answers that may be repeated.", callback=lambda: len(self._answers))
+        self._hits = metrics.counter("edge_fastpath_hits_total", "Requests answered by repeating an answer.")
+
+    def answer(self, request: bytes) -> bytes | None:
+        """The answer to the bytes of one whole request, if it may be repeated now."""
+        self.now = now = self._clock.monotonic()
+        answer = self._ready.get(request)
+        if answer is None:
+            if len(request) > REQUEST_BYTES_MAX or (found := _TRACEPARENT.search(request)) is None:
+                return None
+            answer = self._ready.get(request[: found.start()] + request[found.end() :])
+            if answer is None:
+                return None
+        token, standing = answer.offer.token, answer.offer.standing
+        unix = self._clock.time()
+        if (token is not None and not token.still_good(unix)) or (standing is not None and not standing.good(now)):
+            self._answers.pop(answer.key)
+            return None
+        answer.hits += 1
+        # A wall clock that was set shows in Date within a second.
+        if now >= answer.steady_until:
+            self._answers.get(answer.key, now)
+            answer.render(now, unix)
+            answer.seconds = self._clock.monotonic() - now
+        return answer.wire
+
+    def keep(self, raw: bytes, request: web.Request, response: web.StreamResponse, *, dated: bool) -> None:
+        """Remember `response`, whose headers are those that were sent, if it was offered and is fit to be repeated."""
+        offer = response.get(OFFER)
+        if offer is None or not isinstance(response, web.Response) or len(raw) > REQUEST_BYTES_MAX:
+            return
+        body = response.body if response.body is not None else b""
+        if not isinstance(body, bytes) or len(body) > BODY_BYTES_MAX or response.status not in (200, 304):
+            return
+        if request.version != (1, 1) or not response.keep_alive or "Connection" in response.headers:
+            return
+        if request.method == "HEAD" or response.status == 304:
+            body = b""
+        series = self._metrics.requests.series(request.method, route_template(request), response.status)
+        key = without_trace(raw)
+        answer = Answer(key, response, offer, series, body, dated=dated)
+        if self._answers.put(key, answer, ENTRY_BYTES + len(key) + 2 * len(body)):
+            self._ready[key] = answer
+
+    def flush(self) -> None:
+        """Tell the counters of all hits."""
+        self._hits.inc(sum([answer.flush() for answer in self._answers.values()]))
+
+    def statistics(self) -> CacheStatistics:
+        return self._answers.statistics()
+
+    def _removed(self, answer: Answer) -> None:
+        self._hits.inc(answer.flush())
+        if self._ready.get(answer.key) is answer:
+            del self._ready[answer.key]
+
+
+def without_trace(request: bytes) -> bytes:
+    """`request`, the head of one, without its `traceparent` line: itself if it has none, or one that is not valid.
+
+    The line goes with the line end before it, and only from between two line ends; what is left ends as it did.
+    So a head whose remains are those of another differs from it by that whole line, and asks the same."""
+    found = _TRACEPARENT.search(request)
+    return request if found is None else request[: found.start()] + request[found.end() :]
