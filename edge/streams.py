@@ -38,6 +38,8 @@ MISSED_MAX: Final = 64
 PENDING_BYTES_MAX: Final = 1024 * 1024
 """What may wait for one client before the region's stream waits for it."""
 SLOW_S: Final = 5.0
+JOIN_S: Final = 1.0
+"""How long a client waits for a place at which it can join, before it follows on a connection of its own."""
 
 Key: TypeAlias = tuple[Principal, str, bool]
 """Who follows what, and whether the stream began at a client's cursor: one that began long ago is still catching up,
@@ -116,12 +118,16 @@ class _Shared:
         return reader
 
     async def join(self, abort: Callable[[], None], stated: bytes | None) -> _Reader | None:
-        """A reader of all behind `stated`, from now on if that is None; None if it is not known here."""
-        await self.answered.wait()
-        while not self.whole.is_set():
-            if self.headers is None:
-                return None
-            await self.whole.wait()
+        """A reader of all behind `stated`, from now on if that is None; None if it is not known here, or soon."""
+        try:
+            async with asyncio.timeout(JOIN_S):
+                await self.answered.wait()
+                while not self.whole.is_set():
+                    if self.headers is None:
+                        return None
+                    await self.whole.wait()
+        except TimeoutError:
+            return None
         missed = b"" if stated is None or stated == self.last_id else self._behind(stated)
         if self.headers is None or missed is None:
             return None

@@ -76,10 +76,11 @@ async def test_a_repeated_answer_is_the_one_of_the_slow_path(
 ) -> None:
     request = ask(edge, path, method=method)
     client.send(request)
-    await client.answer(method)
-    client.send(request)
     slow = await client.answer(method)
-    assert hits(edge) == (1 if path == VERIFY else 0)
+    if path != VERIFY:  # that was the region's own answer; the next one is from memory
+        client.send(request)
+        slow = await client.answer(method)
+    assert hits(edge) == 0
     fast = await given_twice(edge, client, request, method)
     for answer in (slow, fast):
         for name in ("date", "age", "cache-status"):
@@ -363,7 +364,7 @@ def piece(edge: RunningEdge, name: str, n: int) -> bytes:
 
 
 def comparable(answer: Answer) -> object:
-    headers = {name: value for name, value in answer.headers.items() if name not in ("date", "age")}
+    headers = {name: value for name, value in answer.headers.items() if name not in ("date", "age", "server-timing")}
     if "cache-status" in headers:
         headers["cache-status"] = headers["cache-status"].partition("; ttl=")[0]
     body = answer.body
