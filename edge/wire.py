@@ -592,7 +592,8 @@ class Connection(asyncio.Protocol):
         if self._pipe is not None:
             self._pipe.detach()
         if app is not None:
-            app.connection_lost(exc)
+            # Not before its own task has begun: that takes for granted that there still is a connection.
+            asyncio.get_running_loop().call_soon(app.connection_lost, exc)
 
     def _close(self) -> None:
         """Close when all is written and the client has closed, or had time to."""

@@ -664,7 +664,7 @@ WRONG_SETTINGS: list[tuple[str, dict[str, str], str]] = [
     ("[edge]\nworkers = 0\n", {}, "edge.workers"),
     ('[edge]\npublic = ["/api/x"]\n', {}, "edge.public"),
     ('[sync]\ndurability = "most"\n', {}, "region, quorum, all"),
-    ('[[auth.issuers]]\nissuer = "a"\naudience = "b"\njwks_file = "x"\nalgorithms = ["HS256"]\n', {}, "ES256"),
+    ('[[auth.issuers]]\nissuer = "a"\naudience = "b"\njwks_file = "x"\nalgorithms = ["none"]\n', {}, "ES256"),
     ('[[auth.issuers]]\nissuer = "a"\naudience = "b"\n', {}, "jwks_url"),
     ("", {"WEFT_STORE__NOTHING": "1"}, "WEFT_STORE__NOTHING"),
     ("", {"WEFT_EDGE__WORKERS": "many"}, "WEFT_EDGE__WORKERS"),

@@ -552,6 +552,7 @@ EXPECTED = {
     base.EntryConflict: (409, False),
     base.KeyReused: (422, False),
     base.ThreadFull: (409, False),
+    base.ThreadDamaged: (503, True),
     base.NotHolder: (503, True),
     base.Fenced: (503, True),
     base.Recovering: (503, True),
