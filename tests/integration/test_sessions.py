@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 
 from tests.support.outside import REGIONS, Outside, User, eventually, said
+from tests.support.ports import free_port
 from tests.support.processes import ROOT, WEFT, RunningCluster
 
 ROUNDS = 15
@@ -194,7 +195,7 @@ class Hole:
 def edge_behind(cluster: RunningCluster, port: int) -> Iterator[str]:
     """A second edge of us-east, which reaches its region through `port`; yields its address."""
     region, listen = cluster.place("us-east")["region"], cluster.place("us-east")["edge"].removeprefix("http://")
-    own = f"127.0.0.1:{port - 1 if port > 20_000 else port + 1}"
+    own = f"127.0.0.1:{free_port()}"
     [path] = cluster.data.glob("**/us-east.toml")
     text = path.read_text().replace(region, f"http://127.0.0.1:{port}").replace(listen, own)
     config = path.with_name("us-east-hole.toml")
