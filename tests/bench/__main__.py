@@ -24,6 +24,7 @@ from tests.bench.harness import Case, Context, Mode, print_result, result_json, 
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 OUTPUT: Final = ROOT / "build" / "bench"
+PACKAGES: Final = ROOT / ".cache" / "bench"
 THREADS_VARIABLE: Final = "WEFT_BENCH_THREADS"
 
 console = Console(stderr=True)
@@ -66,7 +67,7 @@ def _run(cases: list[Case], mode: Mode, threads: Path | None, *, as_json: bool) 
     for case in cases:
         work = work_folder()
         try:
-            context = Context(mode, work, OUTPUT / "cache", threads)
+            context = Context(mode, work, OUTPUT / "cache", threads, PACKAGES)
             facts = machine.facts(work)
             with console.status(case.name) as status:
                 result = uvloop.run(run_case(case, context, status.update))

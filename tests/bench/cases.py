@@ -7,6 +7,8 @@ from typing import Final
 from tests.bench import (
     catch_up,
     digest_exchange,
+    edge_hit,
+    edge_pass,
     failover,
     http_append,
     importing,
@@ -32,4 +34,9 @@ CASES: Final[tuple[Case, ...]] = (
     failover.CASE,
     digest_exchange.CASE,
     importing.CASE,
+    edge_hit.HIT,
+    edge_hit.TRACED,
+    edge_hit.SLOW,
+    edge_pass.PUBLIC_HIT,
+    edge_pass.MISS,
 )

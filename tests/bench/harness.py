@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Skipped(Exception):
-    """The case can't run here; the text says what it needs."""
+    """The case, or a contestant whose runner raises it, can't run here; the text says what it needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,8 @@ class Context:
     work: Path
     cache: Path
     threads: Path | None = None
+    packages: Path | None = None
+    """Keeps what peers are installed from, between runs; None where nothing may be fetched."""
 
     def pick(self, *, full: T, quick: T, miniature: T) -> T:
         """The size for this mode; miniature only shows that the case still works."""
@@ -60,6 +62,15 @@ class Reading:
 
 
 Runner = Callable[[], Awaitable[Reading]]
+
+
+def absent(reason: str) -> Runner:
+    """The runner of a contestant that can't take part here."""
+
+    async def turn() -> Reading:
+        raise Skipped(reason)
+
+    return turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +92,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A number that every turn yields (a contestant may lack it)."""
+    """A number that every turn yields (a contestant may lack it), and what it should be beside one peer or several."""
 
     name: str
     unit: str
-    target: Target | None = None
+    target: Target | tuple[Target, ...] = ()
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return (self.target,) if isinstance(self.target, Target) else self.target
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,25 +133,36 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """A target beside what was measured; `met` is None where its peer took no part."""
+
+    target: str
+    beside: str
+    difference: Spread | None
+    met: bool | None
+
+
+@dataclass(frozen=True, slots=True)
 class MetricResult:
-    """`ratios` and `difference` compare the judged contestant with the others, round by round."""
+    """`ratios` and the verdicts compare the judged contestant with the others, round by round."""
 
     name: str
     unit: str
     values: dict[str, Spread]
     ratios: dict[str, Spread]
-    difference: Spread | None
-    target: str | None
-    met: bool | None
+    verdicts: list[Verdict]
 
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
+    """`absent` holds the contestants that took no part, each with its reason."""
+
     name: str
     what: str
     notes: str
     seconds: float
     skipped: str | None
+    absent: dict[str, str]
     readings: dict[str, list[Reading]]
     metrics: list[MetricResult]
 
@@ -146,23 +172,37 @@ async def run_case(case: Case, context: Context, on_turn: Callable[[str], None] 
     began = time.monotonic()
     repeats = context.pick(full=case.repeats, quick=min(case.repeats, REPEATS_QUICK), miniature=1)
     readings: dict[str, list[Reading]] = {}
+    away: dict[str, str] = {}
     skipped: str | None = None
+
+    async def take_turn(name: str, runner: Runner) -> Reading | None:
+        if name in away:
+            return None
+        try:
+            return await runner()
+        except Skipped as reason:
+            if name == case.judged:
+                raise
+            away[name] = str(reason)
+            return None
+
     try:
         on_turn(f"{case.name}: preparing")
         async with case.contestants(context) as runners:
             if case.warm_up and context.mode != "miniature":
                 for name, runner in runners.items():
                     on_turn(f"{case.name}: warming up {name}")
-                    await runner()
+                    await take_turn(name, runner)
             for turn in range(1, repeats + 1):
                 for name, runner in runners.items():
                     on_turn(f"{case.name}: {name}, turn {turn} of {repeats}")
                     gc.collect()
-                    readings.setdefault(name, []).append(await runner())
+                    if (reading := await take_turn(name, runner)) is not None:
+                        readings.setdefault(name, []).append(reading)
     except Skipped as reason:
         skipped = str(reason)
     metrics = [] if skipped else [compare(metric, case.judged, readings) for metric in case.metrics]
-    return CaseResult(case.name, case.what, case.notes, time.monotonic() - began, skipped, readings, metrics)
+    return CaseResult(case.name, case.what, case.notes, time.monotonic() - began, skipped, away, readings, metrics)
 
 
 def compare(metric: Metric, judged: str, readings: Mapping[str, Sequence[Reading]]) -> MetricResult:
@@ -178,22 +218,23 @@ def compare(metric: Metric, judged: str, readings: Mapping[str, Sequence[Reading
         for name, turns in values.items()
         if name != judged and ours and any(turns)
     }
-    difference, met = None, None
-    target = metric.target
-    if target is not None and ours and target.beside in values:
-        theirs = values[target.beside]
-        difference = Spread.of([mine - other for mine, other in zip(ours, theirs, strict=True)])
-        judged_by = ratios.get(target.beside) if target.by == "ratio" else difference
-        met = judged_by is not None and target.met(judged_by.median)
     return MetricResult(
         metric.name,
         metric.unit,
         {name: Spread.of(turns) for name, turns in values.items()},
         ratios,
-        difference,
-        None if target is None else str(target),
-        met,
+        [_verdict(target, ours, values, ratios) for target in metric.targets],
     )
+
+
+def _verdict(
+    target: Target, ours: Sequence[float], values: Mapping[str, Sequence[float]], ratios: Mapping[str, Spread]
+) -> Verdict:
+    if not ours or target.beside not in values:
+        return Verdict(str(target), target.beside, None, None)
+    difference = Spread.of([mine - other for mine, other in zip(ours, values[target.beside], strict=True)])
+    judged_by = ratios.get(target.beside) if target.by == "ratio" else difference
+    return Verdict(str(target), target.beside, difference, judged_by is not None and target.met(judged_by.median))
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -218,35 +259,42 @@ def result_json(result: CaseResult, machine: Mapping[str, Any], mode: Mode) -> d
 
 
 def print_result(console: Console, result: CaseResult, judged: str) -> None:
-    """A table of the case: a row for each metric, a column for each contestant, then the verdict."""
+    """A table of the case: a row for each metric and contestant, what the judged one is beside it, the verdict."""
     title = f"[bold]{result.name}[/bold]: {result.what}"
     if result.skipped is not None:
         console.print(f"{title}\n  skipped: {result.skipped}\n")
         return
-    contestants = list(result.readings)
-    others = [name for name in contestants if name != judged]
     table = Table(title=title, title_justify="left", title_style="", caption_justify="left")
-    table.add_column("metric")
-    table.add_column("unit")
-    for name in contestants:
-        table.add_column(name, justify="right")
-    for name in others:
-        table.add_column(f"÷ {name}", justify="right")
+    for heading in ("metric", "unit", "contestant"):
+        table.add_column(heading)
+    for heading in ("median (spread)", f"{judged} ÷ it"):
+        table.add_column(heading, justify="right")
     table.add_column("target")
     table.add_column("")
     for metric in result.metrics:
-        cells = [str(metric.values[name]) if name in metric.values else "" for name in contestants]
-        ratios = [str(metric.ratios[name]) if name in metric.ratios else "" for name in others]
-        verdict = {None: "", True: "[green]met[/green]", False: "[red]missed[/red]"}[metric.met]
-        table.add_row(metric.name, metric.unit, *cells, *ratios, metric.target or "", verdict)
+        for number, (name, value) in enumerate(metric.values.items()):
+            mine = [verdict for verdict in metric.verdicts if verdict.beside == name]
+            table.add_row(
+                *((metric.name, metric.unit) if number == 0 else ("", "")),
+                name,
+                str(value),
+                str(metric.ratios.get(name, "")),
+                "\n".join(verdict.target for verdict in mine),
+                "\n".join(_VERDICTS[verdict.met] for verdict in mine),
+                end_section=number == len(metric.values) - 1,
+            )
     console.print(table)
-    for name in contestants:
-        notes = result.readings[name][-1].notes
-        if notes:
+    for name, turns in result.readings.items():
+        if notes := turns[-1].notes:
             console.print(f"  {name}: " + ", ".join(f"{key} {_plain(value)}" for key, value in notes.items()))
+    for name, reason in result.absent.items():
+        console.print(f"  {name} skipped: {reason}")
     if result.notes:
         console.print(f"  {result.notes}", style="dim")
     console.print(f"  {result.seconds:.0f} s in all\n", style="dim")
+
+
+_VERDICTS: Final = {None: "", True: "[green]met[/green]", False: "[red]missed[/red]"}
 
 
 def _plain(value: object) -> str:

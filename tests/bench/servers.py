@@ -1,4 +1,4 @@
-"""Servers of a case as child processes: region servers of Weft, and the handler over PostgreSQL.
+"""Servers of a case as child processes: region servers and edges of Weft, and the handler over PostgreSQL.
 
 Promise: each is started by its own command line on a free loopback port, is ready when it is handed over,
 and is stopped at the end; logs stay in the case's folder, and their end is told when a start fails.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from infra.identity import IDENTITY_HEADER, IdentitySigner, Principal, write_peer_key
 from tests.bench import material
@@ -84,12 +85,14 @@ async def regions(
     ports: Mapping[str, int] | None = None,
     through: Mapping[str, Mapping[str, str]] | None = None,
     sync: str = "",
+    before: Sequence[str] = (),
     ready: Callable[[Region], None] = lambda _: None,
 ) -> AsyncGenerator[list[Region]]:
     """`weft region` processes, one for each name, that know one another.
 
     `ports`: where they listen, free ones unless given. `through`: for some of them the URLs by which they reach
-    others instead of their own. `sync` is added to their settings of that name. `ready` is told of each that was started, before any has to be up.
+    others instead of their own. `sync` is added to their settings of that name. `before` goes before their commands.
+    `ready` is told of each that was started, before any has to be up.
     """
     folder.mkdir(parents=True)
     key = write_peer_key(folder / "peer.key")
@@ -102,7 +105,7 @@ async def regions(
             urls |= (through or {}).get(name, {})
             settings = folder / f"{name}.toml"
             settings.write_text(_settings(name, ports[name], urls, sync))
-            command = [*WEFT, "region", "--config", str(settings)]
+            command = [*before, *WEFT, "region", "--config", str(settings)]
             process = await stack.enter_async_context(_process(command, folder / f"{name}.log"))
             signer = IdentitySigner(key, f"edge:{name}", ttl_s=TOKEN_SECONDS)
             started.append(Region(name, "127.0.0.1", ports[name], folder / name, process.pid, signer))
@@ -112,6 +115,31 @@ async def regions(
         await asyncio.gather(*waits)
         await _acquainted(started)
         yield started
+
+
+@asynccontextmanager
+async def edge(folder: Path, settings: str, *, before: Sequence[str] = ()) -> AsyncGenerator[int]:
+    """A `weft edge` process; its port. `settings` is what its file says beside `edge.listen`, which comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    [port] = free_ports(1)
+    file = folder / "edge.toml"
+    file.write_text(f'{settings}listen = "127.0.0.1:{port}"\n')
+    command = [*before, *WEFT, "edge", "--config", str(file)]
+    async with child(command, port, folder / "edge.log"):
+        yield port
+
+
+async def counted(session: aiohttp.ClientSession, port: int, name: str, **labels: str) -> float:
+    """What the server's counter `name` says, all its series with these labels together."""
+    async with session.get(f"http://127.0.0.1:{port}/metrics") as answer:
+        answer.raise_for_status()
+        text = await answer.text()
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and sample.labels.items() >= labels.items()
+    )
 
 
 async def _acquainted(started: Sequence[Region]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, closing
 from io import StringIO
@@ -24,6 +25,7 @@ from tests.bench.harness import (
     Skipped,
     Spread,
     Target,
+    absent,
     percentile,
     print_result,
     result_json,
@@ -69,7 +71,7 @@ async def test_what_is_judged_is_the_ratio_within_each_round(tmp_path: Path) -> 
     metric = Metric("speed", "/s", Target("peer", at_least=1.1))
     [judged] = (await run_case(case_of([], values, metric), context(tmp_path))).metrics
     assert judged.ratios["peer"] == Spread(1.0, 0.5, 2.0)
-    assert judged.met is False
+    assert [verdict.met for verdict in judged.verdicts] == [False]
 
 
 @pytest.mark.parametrize(
@@ -86,13 +88,40 @@ async def test_what_is_judged_is_the_ratio_within_each_round(tmp_path: Path) -> 
 async def test_a_target_bounds_the_ratio_or_the_difference(tmp_path: Path, target: Target, met: bool) -> None:
     case = case_of([], {"weft": [10.0] * 9, "peer": [5.0] * 9}, Metric("speed", "/s", target))
     [judged] = (await run_case(case, context(tmp_path))).metrics
-    assert judged.met is met
+    assert [verdict.met for verdict in judged.verdicts] == [met]
 
 
 async def test_a_metric_that_a_contestant_lacks_is_not_compared(tmp_path: Path) -> None:
     case = case_of([], {"weft": [1.0] * 9}, Metric("speed", "/s", Target("peer", at_least=1)), Metric("else", "s"))
     speed, missing = (await run_case(case, context(tmp_path))).metrics
-    assert (speed.met, speed.ratios, missing.values) == (None, {}, {})
+    assert ([verdict.met for verdict in speed.verdicts], speed.ratios, missing.values) == ([None], {}, {})
+
+
+async def test_each_of_several_targets_is_judged_beside_its_own_peer(tmp_path: Path) -> None:
+    values = {"weft": [6.0] * 9, "slow": [1.0] * 9, "fast": [9.0] * 9}
+    metric = Metric("speed", "/s", (Target("slow", at_least=5), Target("fast", at_least=1)))
+    [judged] = (await run_case(case_of([], values, metric), context(tmp_path))).metrics
+    assert [(verdict.beside, verdict.met) for verdict in judged.verdicts] == [("slow", True), ("fast", False)]
+
+
+async def test_a_contestant_that_can_not_run_here_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    @asynccontextmanager
+    async def contestants(_: Context) -> AsyncGenerator[Mapping[str, Runner]]:
+        async def turn() -> Reading:
+            return Reading({"speed": 2.0})
+
+        yield {"weft": turn, "ours": turn, "peer": absent("needs a moon")}
+
+    case = Case("probe", "a probe", [Metric("speed", "/s", Target("peer", at_least=1))], contestants)
+    result = await run_case(case, context(tmp_path))
+    assert result.skipped is None and result.absent == {"peer": "needs a moon"}
+    assert {name: len(turns) for name, turns in result.readings.items()} == {"weft": 3, "ours": 3}
+    assert result.metrics[0].verdicts[0].met is None
+    text = StringIO()
+    print_result(Console(file=text, width=160), result, case.judged)
+    assert "peer skipped: needs a moon" in text.getvalue()
+    judged_away = await run_case(dataclasses.replace(case, judged="peer"), context(tmp_path))
+    assert judged_away.skipped == "needs a moon", "without the judged one there is nothing to compare"
 
 
 async def test_a_case_that_can_not_run_here_is_skipped_with_its_reason(tmp_path: Path) -> None:
