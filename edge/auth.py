@@ -99,7 +99,7 @@ class VerifiedToken:
         return (
             self.not_before <= now < self.expires_at
             and self.generation == self.issuer.keys.generation
-            and not self.revoked()
+            and (self._unrevoked_at == self._revocations.generation or not self.revoked())
         )
 
     def revoked(self) -> bool:

@@ -27,10 +27,13 @@ from infra.metrics import Metrics, Series, route_template
 ENTRIES_MAX: Final = 20_000
 REQUEST_BYTES_MAX: Final = 12 * 1024
 BODY_BYTES_MAX: Final = 256 * 1024
+SEEN_MAX: Final = 16_384
+"""Requests remembered, by their hash alone, because their bytes may come again."""
 RENDER_S_MAX: Final = 3600.0
 ENTRY_BYTES: Final = 1024
 """What an entry weighs beside its bytes, roughly."""
 
+_TRACE_BEGINS: Final = b"raceparent: 00-"
 _TRACEPARENT: Final = re.compile(rb"\r\n[Tt]raceparent: 00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?=\r\n)")
 
 
@@ -78,15 +81,17 @@ class Answer:
 
     __slots__ = (
         "_body",
+        "_count",
         "_dated",
         "_headers",
         "_status_line",
         "hits",
         "key",
-        "offer",
         "seconds",
         "series",
+        "standing",
         "steady_until",
+        "token",
         "wire",
     )
 
@@ -94,7 +99,8 @@ class Answer:
         self, key: bytes, response: web.Response, offer: Offer, series: Series, body: bytes, *, dated: bool
     ) -> None:
         self.key = key
-        self.offer = offer
+        self.token = offer.token
+        self.standing = offer.standing
         self.series = series
         self.hits = 0
         """Since the counters were told."""
@@ -105,6 +111,7 @@ class Answer:
         self.steady_until = -math.inf
         self._dated = dated
         """Its Date is an origin's, and stays."""
+        self._count = offer.count
         self._status_line = f"HTTP/1.1 {response.status} {response.reason}\r\n"
         self._headers: CIMultiDict[str] = response.headers.copy()
         self._body = body
@@ -115,7 +122,7 @@ class Answer:
         if not self._dated:
             headers["Date"] = formatdate(unix, usegmt=True)
             steady = now + 1.0 - unix % 1.0
-        standing = self.offer.standing
+        standing = self.standing
         if standing is not None:
             headers["Age"] = str(standing.age_s(now))
             headers[CACHE_STATUS] = standing.cache_status(now)
@@ -129,8 +136,8 @@ class Answer:
         hits, self.hits = self.hits, 0
         if hits:
             self.series.observe(self.seconds, hits)
-            if self.offer.count is not None:
-                self.offer.count(hits)
+            if self._count is not None:
+                self._count(hits)
         return hits
 
 
@@ -138,31 +145,32 @@ class Memo:
     """The answers of one edge process that may be repeated."""
 
     def __init__(self, metrics: Metrics, *, size_bytes_max: int, clock: Clock = SYSTEM_CLOCK) -> None:
-        self.now = 0.0
-        """When `answer` was last asked, monotonic."""
-        self._clock = clock
+        self._monotonic = clock.monotonic
+        self._time = clock.time
         self._metrics = metrics
         self._answers: ByteLRU[bytes, Answer] = ByteLRU(
             size_bytes_max=size_bytes_max, items_max=ENTRIES_MAX, on_remove=self._removed
         )
         self._ready: dict[bytes, Answer] = {}
         """The same: to be looked into with every request, while the other is told of a use once a second."""
+        self._seen: set[int] = set()
+        self._seen_before: set[int] = set()
         metrics.before_scrape(self.flush)
         metrics.gauge("edge_fastpath_entries", "Answers that may be repeated.", callback=lambda: len(self._answers))
         self._hits = metrics.counter("edge_fastpath_hits_total", "Requests answered by repeating an answer.")
 
     def answer(self, request: bytes) -> bytes | None:
         """The answer to the bytes of one whole request, if it may be repeated now."""
-        self.now = now = self._clock.monotonic()
         answer = self._ready.get(request)
         if answer is None:
-            if len(request) > REQUEST_BYTES_MAX or (found := _TRACEPARENT.search(request)) is None:
+            # Not the bytes of one whole head: what is behind its end could else be taken for a line of it.
+            if len(request) > REQUEST_BYTES_MAX or request[-4:] != b"\r\n\r\n":
                 return None
-            answer = self._ready.get(request[: found.start()] + request[found.end() :])
+            answer = self._ready.get(without_trace(request))
             if answer is None:
                 return None
-        token, standing = answer.offer.token, answer.offer.standing
-        unix = self._clock.time()
+        token, standing = answer.token, answer.standing
+        now, unix = self._monotonic(), self._time()
         if (token is not None and not token.still_good(unix)) or (standing is not None and not standing.good(now)):
             self._answers.pop(answer.key)
             return None
@@ -171,11 +179,12 @@ class Memo:
         if now >= answer.steady_until:
             self._answers.get(answer.key, now)
             answer.render(now, unix)
-            answer.seconds = self._clock.monotonic() - now
+            answer.seconds = self._monotonic() - now
         return answer.wire
 
     def keep(self, raw: bytes, request: web.Request, response: web.StreamResponse, *, dated: bool) -> None:
-        """Remember `response`, whose headers are those that were sent, if it was offered and is fit to be repeated."""
+        """Remember `response`, whose headers are those that were sent, if it was offered and is fit to be repeated, and
+        if these bytes come for the second time: most clients that send other bytes each time would only fill memory."""
         offer = response.get(OFFER)
         if offer is None or not isinstance(response, web.Response) or len(raw) > REQUEST_BYTES_MAX:
             return
@@ -186,8 +195,10 @@ class Memo:
             return
         if request.method == "HEAD" or response.status == 304:
             body = b""
-        series = self._metrics.requests.series(request.method, route_template(request), response.status)
         key = without_trace(raw)
+        if not self._seen_again(hash(key)):
+            return
+        series = self._metrics.requests.series(request.method, route_template(request), response.status)
         answer = Answer(key, response, offer, series, body, dated=dated)
         if self._answers.put(key, answer, ENTRY_BYTES + len(key) + 2 * len(body)):
             self._ready[key] = answer
@@ -198,6 +209,15 @@ class Memo:
 
     def statistics(self) -> CacheStatistics:
         return self._answers.statistics()
+
+    def _seen_again(self, mark: int) -> bool:
+        """Whether it was, not so long ago. Two requests of one hash: the second is kept a time too early, no more."""
+        if mark in self._seen or mark in self._seen_before:
+            return True
+        if len(self._seen) >= SEEN_MAX // 2:
+            self._seen_before, self._seen = self._seen, set()
+        self._seen.add(mark)
+        return False
 
     def _removed(self, answer: Answer) -> None:
         self._hits.inc(answer.flush())
@@ -210,5 +230,6 @@ def without_trace(request: bytes) -> bytes:
 
     The line goes with the line end before it, and only from between two line ends; what is left ends as it did.
     So a head whose remains are those of another differs from it by that whole line, and asks the same."""
-    found = _TRACEPARENT.search(request)
+    at = request.find(_TRACE_BEGINS)
+    found = _TRACEPARENT.match(request, at - 3) if at >= 3 else None
     return request if found is None else request[: found.start()] + request[found.end() :]

@@ -78,6 +78,13 @@ class _Phase(Enum):
     """What still comes is thrown away."""
 
 
+# The members of an Enum are looked up slowly.
+_READY: Final = _Phase.READY
+_BODY: Final = _Phase.BODY
+_ANSWER: Final = _Phase.ANSWER
+_CLOSING: Final = _Phase.CLOSING
+
+
 @dataclass(frozen=True, slots=True)
 class WireLimits:
     header_deadline_s: float = 10.0
@@ -242,8 +249,9 @@ class Connection(asyncio.Protocol):
         self._app: web.RequestHandler | None = None
         self._pipe: _Pipe | None = None
         self._transport: asyncio.Transport | None = None
+        self._write_out: Callable[[bytes], None] = _nowhere
         self._address = ""
-        self._phase = _Phase.READY
+        self._phase = _READY
         self.since = 0.0
         """When the present phase began; of READY, when the first byte came once one has."""
         self._buffer = b""
@@ -264,14 +272,17 @@ class Connection(asyncio.Protocol):
         self._app_paused_at: float | None = None
         self._reading = True
         self._write_paused = False
+        self._repeated = False
+        """An answer was repeated since last looked at; the hottest path tells no more than that."""
         self._written = 0
+        """Bytes, without those of repeated answers: none is written while the client does not read."""
         self._sent = 0
-        """Of the bytes written, those that left for the kernel when last looked at."""
+        """`_written` less what was unsent when last looked at: while it stands, nothing left for the kernel."""
         self._sent_at = 0.0
 
     @property
     def idle(self) -> bool:
-        return self._phase is _Phase.READY and not self._buffer
+        return self._phase is _READY and not self._buffer
 
     @property
     def unsent(self) -> int:
@@ -280,12 +291,13 @@ class Connection(asyncio.Protocol):
     @property
     def unasked(self) -> bool:
         """Whether no whole head has come that was not answered."""
-        return self._phase is _Phase.READY and not self._write_paused
+        return self._phase is _READY and not self._write_paused
 
     # As an asyncio.Protocol.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._write_out = self._transport.write
         peer: Any = transport.get_extra_info("peername")
         self._address = peer[0] if isinstance(peer, tuple) and peer else ""
         self.since = self._wire.clock.monotonic()
@@ -295,33 +307,32 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         phase = self._phase
-        if phase is _Phase.CLOSING:
-            return
-        if phase is _Phase.READY and not self._buffer and not self._write_paused and data[-4:] == b"\r\n\r\n":
+        if phase is _READY and not self._buffer and not self._write_paused:
             memo = self._wire.memo
             if memo is not None:
                 answer = memo.answer(data)
                 if answer is not None:
-                    self._repeat(answer, memo.now)
+                    self._write_out(answer)
+                    self.kept = self._repeated = True
                     return
                 self._missed = data
-        if self._buffer:
-            self._buffer += data
-        else:
             self._buffer = bytes(data)
-            if phase is _Phase.READY:
-                self.since = self._wire.clock.monotonic()
+            self.since = self._wire.clock.monotonic()
+        elif phase is _CLOSING:
+            return
+        else:
+            self._buffer = self._buffer + data if self._buffer else bytes(data)
         self._advance()
 
     def eof_received(self) -> bool:
         """Whether to keep the other direction open."""
         self._eof = True
-        if self._phase is _Phase.CLOSING:
+        if self._phase is _CLOSING:
             return False
-        if self._phase is _Phase.BODY:
+        if self._phase is _BODY:
             self.refuse(Problem(400, "incomplete-request", "The connection ended within the request's body."))
             return True
-        if self._phase is _Phase.ANSWER:
+        if self._phase is _ANSWER:
             self.since = self._wire.clock.monotonic()
             if self._pipe is not None and self._pipe.events:
                 self.end("left")
@@ -334,7 +345,7 @@ class Connection(asyncio.Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._phase = _Phase.CLOSING
+        self._phase = _CLOSING
         self._buffer = b""
         self._wire.gone(self, self._address)
         self._leave_app(exc)
@@ -358,18 +369,22 @@ class Connection(asyncio.Protocol):
         limits, transport = self._wire.limits, self._transport
         if transport is None:
             return
-        waited = now - self.since
         phase = self._phase
+        if self._repeated:
+            self._repeated = False
+            if phase is _READY and not self._buffer:
+                self.since = now
+        waited = now - self.since
         unsent = transport.get_write_buffer_size()
         if not unsent or self._written - unsent != self._sent:
             self._sent, self._sent_at = self._written - unsent, now
         elif now - self._sent_at >= limits.write_deadline_s:
             self.end("unread")
             return
-        if phase is _Phase.CLOSING:
+        if phase is _CLOSING:
             if not unsent and waited >= LINGER_S:
                 transport.abort()
-        elif phase is _Phase.READY:
+        elif phase is _READY:
             if self._write_paused:
                 self.since = now
             elif self._buffer and waited >= limits.header_deadline_s:
@@ -377,7 +392,7 @@ class Connection(asyncio.Protocol):
                 self.refuse(Problem(408, "head-timeout", detail))
             elif waited >= (limits.keepalive_s if self.kept else limits.header_deadline_s):
                 self.end("idle")
-        elif phase is _Phase.BODY:
+        elif phase is _BODY:
             assert self._body is not None
             if (
                 self._app_paused_at is None
@@ -385,7 +400,7 @@ class Connection(asyncio.Protocol):
             ):
                 detail = f"The request's body came slower than {BODY_BYTES_PER_S_MIN} bytes a second."
                 self.refuse(Problem(408, "body-timeout", detail))
-        elif phase is _Phase.ANSWER and self._eof and not unsent and waited >= HALF_CLOSED_S:
+        elif phase is _ANSWER and self._eof and not unsent and waited >= HALF_CLOSED_S:
             self.end("left")
 
     def answered(self, *, keep_alive: bool) -> None:
@@ -393,9 +408,9 @@ class Connection(asyncio.Protocol):
         if not keep_alive:
             self._leave_app(None)
             self._close()
-        elif self._phase is _Phase.BODY:
+        elif self._phase is _BODY:
             self._answered = True
-        elif self._phase is _Phase.ANSWER:
+        elif self._phase is _ANSWER:
             self._next()
             self._advance()
 
@@ -414,7 +429,7 @@ class Connection(asyncio.Protocol):
             self._app_paused_at = now
             self._read_or_not()
         elif self._app_paused_at is not None:
-            if self._phase is _Phase.BODY:
+            if self._phase is _BODY:
                 self.since += now - self._app_paused_at
             self._app_paused_at = None
             # Not at once: it may have been told so within `data_received`.
@@ -430,8 +445,8 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        method = self._buffer[:5] if self._phase is _Phase.READY else self._method
-        if self._phase is _Phase.BODY and not self._answered and self._pipe is not None and self._pipe.wrote:
+        method = self._buffer[:5] if self._phase is _READY else self._method
+        if self._phase is _BODY and not self._answered and self._pipe is not None and self._pipe.wrote:
             self.end("broken-body")
             return
         self._leave_app(None)
@@ -445,7 +460,7 @@ class Connection(asyncio.Protocol):
         self.abort()
 
     def abort(self) -> None:
-        self._phase = _Phase.CLOSING
+        self._phase = _CLOSING
         self._wire.gone(self, self._address)
         if self._transport is not None:
             self._transport.abort()
@@ -455,12 +470,12 @@ class Connection(asyncio.Protocol):
     def _advance(self) -> None:
         """Hand on as much as may be handed on now."""
         while self._buffer:
-            if self._phase is _Phase.BODY:
+            if self._phase is _BODY:
                 if self._app_paused_at is not None or not self._hand_on_body():
                     break
-            elif self._phase is not _Phase.READY or self._write_paused or not self._begin():
+            elif self._phase is not _READY or self._write_paused or not self._begin():
                 break
-        if self._phase is _Phase.READY and self._eof and not self._write_paused:
+        if self._phase is _READY and self._eof and not self._write_paused:
             # What is left can be no whole request.
             if self._buffer.strip(b"\r\n"):
                 self.refuse(Problem(400, "incomplete-request", "The connection ended within the request's head."))
@@ -485,7 +500,8 @@ class Connection(asyncio.Protocol):
             # The very object, if it came as one piece: it need not be looked up twice.
             if memo is not None and raw is not self._missed and (answer := memo.answer(raw)) is not None:
                 self._buffer = data[end + 4 :]
-                self._repeat(answer, memo.now)
+                self._write_out(answer)
+                self.kept = self._repeated = True
                 return True
             head = read_head(raw)
         except Problem as problem:
@@ -498,20 +514,13 @@ class Connection(asyncio.Protocol):
         self._hand_on(head, raw)
         return True
 
-    def _repeat(self, answer: bytes, now: float) -> None:
-        assert self._transport is not None
-        self.kept = True
-        self.since = now
-        self._written += len(answer)
-        self._transport.write(answer)
-
     def _hand_on(self, head: Head, raw: bytes) -> None:
         self.kept = True
         self._method = head.method
         self._body = body_of(head)
         self.raw = raw if self._body is None and head.method in _REPEATABLE else b""
         self._answered = False
-        self._phase = _Phase.ANSWER if self._body is None else _Phase.BODY
+        self._phase = _ANSWER if self._body is None else _BODY
         self.since = self._wire.clock.monotonic()
         app = self._app
         if app is None:
@@ -536,9 +545,9 @@ class Connection(asyncio.Protocol):
             return False
         if passed:
             self._app.data_received(passed)
-        if whole and self._phase is _Phase.BODY:
+        if whole and self._phase is _BODY:
             self._body = None
-            self._phase = _Phase.ANSWER
+            self._phase = _ANSWER
             self.since = self._wire.clock.monotonic()
             if self._answered:
                 self._next()
@@ -561,7 +570,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(data)
 
     def _next(self) -> None:
-        self._phase = _Phase.READY
+        self._phase = _READY
         self.raw = self._missed = b""
         self._answered = False
         self.since = self._wire.clock.monotonic()
@@ -573,10 +582,10 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        if self._phase is _Phase.BODY:
+        if self._phase is _BODY:
             wanted = self._app_paused_at is None
-        elif self._phase in (_Phase.READY, _Phase.ANSWER):
-            wanted = len(self._buffer) < HELD_BYTES_MAX or (self._phase is _Phase.READY and not self._write_paused)
+        elif self._phase in (_READY, _ANSWER):
+            wanted = len(self._buffer) < HELD_BYTES_MAX or (self._phase is _READY and not self._write_paused)
         else:
             wanted = True
         if wanted != self._reading:
@@ -597,9 +606,9 @@ class Connection(asyncio.Protocol):
 
     def _close(self) -> None:
         """Close when all is written and the client has closed, or had time to."""
-        if self._phase is _Phase.CLOSING:
+        if self._phase is _CLOSING:
             return
-        self._phase = _Phase.CLOSING
+        self._phase = _CLOSING
         self.since = self._wire.clock.monotonic()
         self._buffer = b""
         self._body = None
@@ -700,6 +709,10 @@ def refusal(problem: Problem, unix_s: float, *, head_only: bool = False) -> byte
         "\r\n",
     ]
     return "\r\n".join(lines).encode() + (b"" if head_only else body)
+
+
+def _nowhere(data: bytes) -> None:
+    raise ConnectionResetError("not connected")
 
 
 def _busy(kind: str, detail: str) -> Problem:

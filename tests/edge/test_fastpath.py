@@ -264,11 +264,21 @@ async def test_the_memory_is_bounded(start_edge: StartEdge, region: FakeRegion) 
     assert memo is not None
     async with connected(edge.port) as client:
         for n in range(60):
-            client.send(ask(edge, VERIFY, f"X-N: {n}"))
-            await client.answer()
+            for _ in range(2):
+                client.send(ask(edge, VERIFY, f"X-N: {n}"))
+                await client.answer()
     held = memo.statistics()
     assert 0 < held.items < 60
     assert held.size_bytes <= 20_000
+
+
+async def test_bytes_that_come_only_once_are_not_kept(edge: RunningEdge, client: Client) -> None:
+    memo = edge.edge.wire.memo
+    assert memo is not None
+    for n in range(20):
+        client.send(ask(edge, VERIFY, f"X-N: {n}"))
+        await client.answer()
+    assert memo.statistics().items == 0
 
 
 async def test_while_draining_nothing_is_repeated(edge: RunningEdge, client: Client) -> None:
@@ -297,6 +307,28 @@ async def test_a_client_that_reads_nothing_makes_no_answers_pile_up(edge: Runnin
         assert most < 64 * 1024 + 300 * size  # one read of the socket holds no more requests than that
         for _ in range(20_000):
             assert (await client.answer()).status == 200
+
+
+async def test_an_answer_waits_for_the_one_before_it(edge: RunningEdge, client: Client, region: FakeRegion) -> None:
+    """What could be repeated at once came, in a read of its own, while another request is being answered."""
+    gate = asyncio.Event()
+
+    async def slow(request: web.Request) -> web.Response:
+        await gate.wait()
+        return web.json_response({"slow": True})
+
+    region.on("GET", "/api/slow", slow)
+    request = ask(edge, LISTING)
+    await given_twice(edge, client, request)
+    client.send(ask(edge, "/api/slow"))
+    await until(lambda: "/api/slow" in region.begun)
+    client.send(request)
+    async with connected(edge.port) as other:  # the edge has read it by when this is answered
+        other.send(request)
+        await other.answer()
+    gate.set()
+    assert (await client.answer()).json == {"slow": True}
+    assert "threads" in (await client.answer()).json
 
 
 def test_the_trace_is_taken_out_whole_or_not_at_all() -> None:

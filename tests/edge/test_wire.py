@@ -154,6 +154,7 @@ REFUSED: dict[str, tuple[int, bytes]] = {
     "bare CR behind a chunk size": (400, CHUNKED + b"5\rhello\r\n0\r\n\r\n"),
     "bare LF behind a chunk": (400, CHUNKED + b"5\r\nhello\n0\r\n\r\n"),
     "no line end behind a chunk": (400, CHUNKED + b"5\r\nhello0\r\n\r\n"),
+    "two other bytes for a chunk's line end": (400, CHUNKED + b"5\r\nhello!!0\r\n\r\n"),
     "a chunk longer than its size": (400, CHUNKED + b"5\r\nhello!!\r\n0\r\n\r\n"),
     "bare LF behind the last chunk": (400, CHUNKED + b"0\n\n"),
     "bare LF behind the trailers": (400, CHUNKED + b"0\r\nX: 1\r\n\n"),
