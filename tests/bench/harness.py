@@ -184,6 +184,7 @@ async def run_case(case: Case, context: Context, on_turn: Callable[[str], None] 
             if name == case.judged:
                 raise
             away[name] = str(reason)
+            readings.pop(name, None)
             return None
 
     try:
