@@ -36,7 +36,7 @@ run: install
 	$(BIN)/weft up $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not full" -q --numprocesses=$(TESTERS) --dist=loadfile --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -m "not full" -q --numprocesses=$(TESTERS) --dist=loadfile --no-loadscope-reorder --durations=10 $(ARGS)
 
 test-full: install
 	$(BIN)/python -m pytest -m full -q --durations=15 $(ARGS)

@@ -99,7 +99,7 @@ class Followers:
         # Of a store without a change, no earlier process can have told anything.
         self._earlier_until = clock.monotonic() + self._held_s if feed.position else 0.0
         self._floor = 0
-        self._waiters: set[asyncio.Event] = set()
+        self._waiters: dict[asyncio.Event, None] = {}
         self._confirmations = self._waits = self._expired = 0
 
     @property
@@ -138,7 +138,7 @@ class Followers:
         self._floor = max(self._floor, position)
         leases = {key: follower.until for key, follower in self._followers.items()}
         news = asyncio.Event()
-        self._waiters.add(news)
+        self._waiters[news] = None
         try:
             asked = False
             while (left := self._left(position, leases)) > 0:
@@ -150,7 +150,7 @@ class Followers:
                 if not await self._either(news, left):
                     self._expired += 1
         finally:
-            self._waiters.discard(news)
+            self._waiters.pop(news, None)
             self._forget_lapsed()
 
     async def noticed(self, number: int, seconds_max: float) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ class Followers:
         """
         deadline = self._clock.monotonic() + seconds_max
         news = asyncio.Event()
-        self._waiters.add(news)
+        self._waiters[news] = None
         try:
             while True:
                 pending = self._yet_to_notice(number)
@@ -171,7 +171,7 @@ class Followers:
                 news.clear()
                 await self._either(news, min(left, self._next_lapse()))
         finally:
-            self._waiters.discard(news)
+            self._waiters.pop(news, None)
 
     def _next_lapse(self) -> float:
         """Seconds until the next lease of somebody who is gone has run out."""

@@ -113,7 +113,7 @@ class Notices:
         self.limits = limits or NoticeLimits()
         self._peers: dict[str, _Peer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._watchers: set[asyncio.Event] = set()
+        self._watchers: dict[asyncio.Event, None] = {}  # in order: a set of them has another in every process
         self._running = False
         self._heard = False
         self._last_error: str | None = None
@@ -213,11 +213,11 @@ class Notices:
     @asynccontextmanager
     async def _watch(self) -> AsyncGenerator[asyncio.Event]:
         news = asyncio.Event()
-        self._watchers.add(news)
+        self._watchers[news] = None
         try:
             yield news
         finally:
-            self._watchers.discard(news)
+            self._watchers.pop(news, None)
 
     def _tell_watchers(self) -> None:
         for watcher in self._watchers:
