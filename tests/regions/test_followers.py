@@ -169,4 +169,4 @@ async def test_waiting_that_is_given_up_leaves_nothing_behind(region: Region):
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         region.followers.confirm(EDGE, "a", 1)
-    assert region.followers._waiters == set()
+    assert region.followers._waiters == {}
