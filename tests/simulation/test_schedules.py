@@ -329,6 +329,32 @@ def test_crash_between_claim_and_create() -> None:
     play(script)
 
 
+def test_a_claim_that_no_majority_has_denies_nobody_their_thread() -> None:
+    """A holder of the claims that was replaced has one left that nobody else ever heard of; the id is claimed for
+    another group, and the thread made there. It must not look for it in the group of its own claim."""
+
+    async def script(it: Script) -> None:
+        blocked = it.world.network.blocked
+        await it.promote(HOME, OTHER)
+        for way in ((HOME, OTHER), (HOME, THIRD), (THIRD, HOME)):
+            blocked[way] = False
+        with pytest.raises((OutcomeUnknown, Unavailable)):
+            await it.write(OTHER, create(FOREIGN, group=OTHER))
+        await it.promote(THIRD, HOME)
+        await it.write(THIRD, create(FOREIGN, group=THIRD))
+        del blocked[HOME, OTHER]
+        await it.until(lambda: it.node(HOME).engine.groups[HOME].holder == THIRD, "it hears who replaced it")
+        with pytest.raises(Unavailable):
+            await it.write(HOME, append(FOREIGN, message("m1")))
+        it.heal()
+        await it.until(lambda: it.ids(HOME, FOREIGN, "create") != [], "the thread arrives")
+        await it.write(HOME, append(FOREIGN, message("m1")))
+        await it.settled()
+        assert it.ids(OTHER, FOREIGN) == ["m1"]
+
+    play(script)
+
+
 def test_token_and_cursor_across_epochs() -> None:
     """A token for an entry that moved is answered with a reset; one for an entry that stayed still holds."""
 
