@@ -367,20 +367,20 @@ class PeerApi:
                 async with aclosing(follower) as items:
                     holders = self._holders()
                     async for item in items:
-                        line = feed_line(item, region=self._topology.region, incarnation=self._log.incarnation)
-                        await response.write(line)
+                        told = [item]
                         if holders != (holders := self._holders()):
                             # What edges keep names the region that orders each thread, and no thread changed by this.
-                            moved = Hello(item.position, reset=True)
-                            line = feed_line(moved, region=self._topology.region, incarnation=self._log.incarnation)
+                            told.append(Hello(item.position, reset=True))
+                        for each in told:
+                            line = feed_line(each, region=self._topology.region, incarnation=self._log.incarnation)
                             await response.write(line)
-                        if notices is not None and notices.done():
-                            notices.result()  # it only ends by failing, and then this connection is half a feed
-                        if isinstance(item, Hello) and caller.role == "edge":
-                            # Before it and after it, numbers may be those of stores with different names.
-                            await _ended(notices)
-                            known_to = int(noticed) if noticed and incarnation == self._log.incarnation else None
-                            notices = asyncio.create_task(self._notice_feed.tell(response.write, known_to))
+                            if notices is not None and notices.done():
+                                notices.result()  # it only ends by failing, and then this connection is half a feed
+                            if isinstance(each, Hello) and caller.role == "edge":
+                                # Before it and after it, numbers may be those of stores with different names.
+                                await _ended(notices)
+                                known_to = int(noticed) if noticed and incarnation == self._log.incarnation else None
+                                notices = asyncio.create_task(self._notice_feed.tell(response.write, known_to))
             finally:
                 await _ended(notices)
         return response
