@@ -541,10 +541,11 @@ class Failover:
         )
 
     def _is_deserted(self, row: GroupRow) -> bool:
-        """Nobody can be holding the group: its holder is this region on another disk, or a promise that stops
-        the holder was not followed by a win. Else a candidate's crash in between would stop the group for good."""
+        """Nobody can be holding the group: its holder is this region on another disk, or was removed while it won the
+        group, or a promise that stops the holder was not followed by a win. Else a candidate's crash in between, or
+        a removal, would stop the group for good."""
         now = self._clock.monotonic()
-        if row.promised > row.epoch:
+        if row.promised > row.epoch or self._topology.was_removed(row.holder):
             promised, since = self._unsettled.get(row.group, (0, now))
             if promised != row.promised:
                 self._unsettled[row.group] = (row.promised, now)

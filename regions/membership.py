@@ -148,16 +148,20 @@ class Membership:
             known = _find(before, name)
             if known is None or known.role == "removed":
                 raise ChangeRefused(f"region {name} is not a member")
-            held = sorted(row.group for row in self._log.groups.values() if row.holder == name)
-            if held:
-                raise ChangeRefused(f"region {name} holds {', '.join(held)}: promote another region for each first")
+            self._require_holds_nothing(name)
             if known.role == "voter" and len(self._topology.voters) == 1:
                 raise ChangeRefused("the last region can't be removed")
             if not force and not self._never_came(name):
                 await self._require_handed_over(name)
+                self._require_holds_nothing(name)  # that took a while
             return await self._change(
                 before, tuple(_with(it, role="removed") if it.name == name else it for it in before.members)
             )
+
+    def _require_holds_nothing(self, name: str) -> None:
+        held = sorted(row.group for row in self._log.groups.values() if row.holder == name)
+        if held:
+            raise ChangeRefused(f"region {name} holds {', '.join(held)}: promote another region for each first")
 
     def _never_came(self, name: str) -> bool:
         """Whether a learner was added whose server never started, as far as is known here."""

@@ -82,6 +82,10 @@ class Topology:
         """Whether this region counts under the record."""
         return self.region in self.voters
 
+    def was_removed(self, region: str) -> bool:
+        """Whether the record says that the region belongs to the cluster no more."""
+        return any(member.name == region and member.role == "removed" for member in self.record.members)
+
     @property
     def claims_group(self) -> str:
         return self.record.first_group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from unittest.mock import patch as patching
 
 import pytest
 
@@ -15,6 +16,7 @@ from origin.store.base import (
     Unavailable,
 )
 from regions.failover import PromotionFailed
+from regions.membership import ChangeRefused, Membership
 from regions.node import Node
 from regions.peer_client import PeerRefused, PeerUnreachable
 from tests.simulation.scripted import FIFTH, FOURTH, HOME, OTHER, THIRD, Script, nap, play
@@ -669,5 +671,44 @@ def test_a_replaced_disk_has_the_record_whatever_the_settings_say_by_then() -> N
         await it.restart(OTHER)
         assert it.node(OTHER).topology.voters == (HOME, OTHER, THIRD)
         await it.settled()
+
+    play(script)
+
+
+def test_a_region_that_wins_a_group_while_it_is_removed_stays() -> None:
+    """It held nothing when the removal began, which takes as long as bringing it up to date."""
+    hand_over = Membership._require_handed_over
+
+    async def script(it: Script) -> None:
+        await it.add(FOURTH)
+        await it.votes(FOURTH)
+        await it.promote(HOME, FOURTH)
+
+        async def slowly(self: Membership, name: str) -> None:
+            await hand_over(self, name)
+            await it.promote(FOURTH, THIRD)
+
+        with (
+            patching.object(Membership, "_require_handed_over", slowly),
+            pytest.raises(ChangeRefused, match="holds ap-south"),
+        ):
+            await it.ask(HOME, lambda node: node.membership.remove(FOURTH))
+
+    play(script)
+
+
+def test_a_group_held_by_a_region_that_was_removed_is_taken_over() -> None:
+    """It won the group when the record was on its way; nobody confirms what it orders any more."""
+
+    async def script(it: Script) -> None:
+        await it.add(FOURTH)
+        await it.votes(FOURTH)
+        await it.promote(HOME, FOURTH)
+        await it.promote(FOURTH, THIRD)
+        with patching.object(Membership, "_require_holds_nothing", lambda self, name: None):
+            await it.remove(FOURTH)
+        assert it.node(HOME).engine.groups[THIRD].holder == FOURTH
+        await it.until(lambda: it.node(HOME).engine.groups[THIRD].holder != FOURTH, "somebody holds it")
+        await it.write(HOME, create(it.mint(THIRD), group=THIRD), "quorum")
 
     play(script)
