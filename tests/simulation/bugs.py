@@ -123,10 +123,10 @@ def retry_does_not_wait() -> Sequence[Any]:
     async def hasty(self: Any, write: base.Write) -> base.Written:
         level = self._level(write)
         if level != "region":
-            self._require_reachable(level, self._others(level))
+            self._require_reachable(level)
         written = await self._local.submit(write)
         if level != "region" and written.base_v < written.row.v:
-            await self._await_others(written.row, written.version.v, self._others(level))
+            await self._await_others(written.row, written.version.v, level)
         return written
 
     return [patch.object(coordinator.Coordinator, "write_here", hasty)]
@@ -404,12 +404,12 @@ def epochs_are_not_unique() -> Sequence[Any]:
 
 @bug("Only answers of this epoch count, and the holder must still be it.", MOVES)
 def answers_of_any_epoch_count() -> Sequence[Any]:
-    async def hasty(self: Any, row: Any, v: int, others: int) -> None:
+    async def hasty(self: Any, row: Any, v: int, level: Any) -> None:
         await self._replicator.confirmations(
             row.group,
             row.id,
             v,
-            enough=lambda confirmed: len(confirmed) >= others,
+            enough=lambda confirmed: len(confirmed) >= self._others(level),
             seconds_max=self._limits.write_seconds_max,
         )
 
