@@ -100,7 +100,8 @@ def ask_of(
     """The request for the cache; None if only the region can answer it. `incarnation`: whose positions the edge
     understands."""
     wants = _directives(request)
-    if "no-store" in wants or "consistency=" in query:
+    # By its name in any spelling: the region reads `consistenc%79=` as it reads `consistency=`.
+    if "no-store" in wants or "consistency=" in unquote(query):
         return None
     least: tuple[str, int] | None = (incarnation, 0)
     if positions := request.headers.getall(MIN_POSITION_HEADER, ()):

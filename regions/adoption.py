@@ -20,7 +20,7 @@ from origin.store.replication import (
     ThreadDelta,
 )
 from regions.peer_client import PeerTransport
-from regions.peer_wire import Fetch, FetchAnswer
+from regions.peer_wire import Fetch, FetchAnswer, stamp
 from regions.topology import Topology
 
 FETCH_BYTES_MAX: Final = 4 * 1024 * 1024
@@ -72,9 +72,7 @@ class Adopter:
             source,
             "/peer/fetch",
             Fetch(
-                config_version=self._topology.number,
-                region=self._topology.region,
-                incarnation=self._log.incarnation,
+                **stamp(self._topology, self._log),
                 thread_id=head.thread_id,
                 after=after,
                 bytes_max=bytes_max,

@@ -29,7 +29,7 @@ from origin.store.base import (
 from origin.store.replication import ReplicaLog
 from origin.thread import ClaimBody, CreateBody, encode
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
-from regions.peer_wire import Claim, ClaimAnswer, ClaimMany, FindClaim, FindClaimAnswer
+from regions.peer_wire import Claim, ClaimAnswer, ClaimMany, FindClaim, FindClaimAnswer, stamp
 from regions.topology import Topology, claims_thread
 
 CLAIMS_PER_REQUEST: Final = 256
@@ -107,9 +107,7 @@ class Claims:
                 holder,
                 "/peer/find-claim",
                 FindClaim(
-                    config_version=self._topology.number,
-                    region=self._topology.region,
-                    incarnation=self._log.incarnation,
+                    **stamp(self._topology, self._log),
                     thread_id=thread_id,
                 ),
                 FindClaimAnswer,
@@ -203,9 +201,7 @@ class Claims:
             holder,
             "/peer/claim",
             ClaimMany(
-                config_version=self._topology.number,
-                region=self._topology.region,
-                incarnation=self._log.incarnation,
+                **stamp(self._topology, self._log),
                 claims=claims,
             ),
             ClaimAnswer,

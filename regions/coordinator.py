@@ -62,6 +62,7 @@ from regions.peer_wire import (
     ForwardWrite,
     SettleAnswer,
     SettleQuery,
+    stamp,
 )
 from regions.replicator import Replicator
 from regions.topology import Topology
@@ -357,9 +358,7 @@ class Coordinator:
         """Have the holder write, and apply what it answers before anyone is told."""
         row = await self._log.row(write.thread_id)
         message = ForwardWrite(
-            config_version=self._topology.number,
-            region=self._topology.region,
-            incarnation=self._log.incarnation,
+            **stamp(self._topology, self._log),
             attempt="",
             write=write,
             have_v=row.v if row is not None else 0,
@@ -604,9 +603,7 @@ class Coordinator:
     async def _settle(self, holder: str) -> None:
         """Wait until all that `holder` has committed by now is here."""
         message = SettleQuery(
-            config_version=self._topology.number,
-            region=self._topology.region,
-            incarnation=self._log.incarnation,
+            **stamp(self._topology, self._log),
             seconds_max=FETCH_SECONDS_MAX,
         )
         try:
@@ -684,9 +681,7 @@ class Coordinator:
     async def _fetch_once(self, thread_id: str, region: str, after: int, final_for: str = "") -> _Part:
         """One part of a thread behind `after`, as a region has it. ThreadNotFound when it has not."""
         message = Fetch(
-            config_version=self._topology.number,
-            region=self._topology.region,
-            incarnation=self._log.incarnation,
+            **stamp(self._topology, self._log),
             thread_id=thread_id,
             after=after,
             bytes_max=FETCH_BYTES_MAX,

@@ -47,6 +47,7 @@ from regions.peer_wire import (
     PreVote,
     PreVoteAnswer,
     PromiseAnswer,
+    stamp,
 )
 from regions.replication_target import Heard
 from regions.replicator import Replicator
@@ -303,7 +304,7 @@ class Failover:
 
     async def _ask_handover(self, row: GroupRow) -> None:
         seconds_max = self._limits.call_seconds_max
-        message = Handover(**self._envelope(), group=row.group, seconds_max=seconds_max)
+        message = Handover(**stamp(self._topology, self._log), group=row.group, seconds_max=seconds_max)
         try:
             await self._transport.call(
                 row.holder, "/peer/handover", message, Acknowledged, seconds_max=seconds_max + 1.0
@@ -450,7 +451,7 @@ class Failover:
         return PromiseAnswer(granted=outcome.granted, row=outcome.row, incarnation=self._log.incarnation)
 
     async def _ask_promise(self, region: str, group: str, epoch: int) -> PromiseAnswer:
-        message = AskPromise(**self._envelope(), group=group, epoch=epoch)
+        message = AskPromise(**stamp(self._topology, self._log), group=group, epoch=epoch)
         answer = await self._transport.call(
             region, "/peer/promise", message, PromiseAnswer, seconds_max=self._limits.call_seconds_max
         )
@@ -497,13 +498,6 @@ class Failover:
             buckets=buckets,
             seconds_max=self._limits.call_seconds_max,
         )
-
-    def _envelope(self) -> dict[str, Any]:
-        return {
-            "config_version": self._topology.number,
-            "region": self._topology.region,
-            "incarnation": self._log.incarnation,
-        }
 
     # ------------------------------------------------------------ by itself
 
@@ -557,7 +551,9 @@ class Failover:
         return row.holder == self._topology.region
 
     async def _pre_voted(self, row: GroupRow) -> bool:
-        message = PreVote(**self._envelope(), group=row.group, epoch=self._topology.next_epoch(row.promised))
+        message = PreVote(
+            **stamp(self._topology, self._log), group=row.group, epoch=self._topology.next_epoch(row.promised)
+        )
         asked = [
             asyncio.create_task(
                 self._transport.call(

@@ -23,7 +23,7 @@ from origin.store.scrub import Finding
 from origin.thread import Entry
 from regions.adoption import FETCH_BYTES_MAX, FETCH_SECONDS_MAX, Submit
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
-from regions.peer_wire import Fetch, FetchAnswer
+from regions.peer_wire import Fetch, FetchAnswer, stamp
 from regions.replicator import Replicator
 from regions.topology import Topology
 
@@ -162,9 +162,7 @@ class Healing:
         size = 0
         while len(found) <= span.last - span.first:
             message = Fetch(
-                config_version=self._topology.number,
-                region=self._topology.region,
-                incarnation=self._log.incarnation,
+                **stamp(self._topology, self._log),
                 thread_id=thread_id,
                 after=span.first - 1 + len(found),
                 bytes_max=FETCH_BYTES_MAX,

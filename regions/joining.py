@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from typing import Any, Final
+from typing import Final
 
 from infra.clock import Clock
 from origin.store import replication
@@ -25,7 +25,7 @@ from origin.store.replication import (
 from regions.adoption import Adopter, SourceLacks, Submit
 from regions.inventory import ask_heads
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
-from regions.peer_wire import Hello, HelloAnswer, Rejoin, RejoinAnswer
+from regions.peer_wire import Hello, HelloAnswer, Rejoin, RejoinAnswer, stamp
 from regions.topology import Topology, same_members
 
 FIRST_PAUSE_S: Final = 0.02
@@ -149,7 +149,10 @@ class Joining:
 
     async def _greet_all(self) -> list[HelloAnswer]:
         message = Hello(
-            **self._envelope(), record=self._topology.record, groups=tuple(self._log.groups.values()), held=()
+            **stamp(self._topology, self._log),
+            record=self._topology.record,
+            groups=tuple(self._log.groups.values()),
+            held=(),
         )
         answers = await asyncio.gather(
             *(
@@ -197,7 +200,11 @@ class Joining:
 
     async def _ask(self, region: str) -> RejoinAnswer:
         return await self._transport.call(
-            region, "/peer/rejoin", Rejoin(**self._envelope()), RejoinAnswer, seconds_max=CALL_SECONDS_MAX
+            region,
+            "/peer/rejoin",
+            Rejoin(**stamp(self._topology, self._log)),
+            RejoinAnswer,
+            seconds_max=CALL_SECONDS_MAX,
         )
 
     async def _learn_group(self, row: GroupRow, digests: dict[str, tuple[int, ...]]) -> None:
@@ -227,13 +234,6 @@ class Joining:
         for start in range(0, len(wanted), ADOPTIONS_AT_ONCE):
             part = wanted[start : start + ADOPTIONS_AT_ONCE]
             await asyncio.gather(*(self._adopter.adopt(row.group, row.promised, source, head) for head, source in part))
-
-    def _envelope(self) -> dict[str, Any]:
-        return {
-            "config_version": self._topology.number,
-            "region": self._topology.region,
-            "incarnation": self._log.incarnation,
-        }
 
 
 def _order(record: replication.Record) -> tuple[int, int]:

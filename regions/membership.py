@@ -28,7 +28,7 @@ from origin.store.replication import (
 from regions.adoption import Submit
 from regions.failover import Failover, PromotionFailed
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
-from regions.peer_wire import Acknowledged, AskKept, AskSettled, KeptAnswer, SettledAnswer, TakeRecord
+from regions.peer_wire import Acknowledged, AskKept, AskSettled, KeptAnswer, SettledAnswer, TakeRecord, stamp
 from regions.repair import Repair
 from regions.replicator import Replicator
 from regions.topology import Topology, marks_of
@@ -183,22 +183,10 @@ class Membership:
         """What a region saved from logs that gave way, and what it may yet have to save, is lost with it: first every
         holder brings it up to date, which cuts all that is to be cut, then all of that is back where it belongs."""
         for holder in sorted({row.holder for row in self._log.groups.values()}):
-            message = AskSettled(**self._envelope(), seconds_max=SETTLE_S, too=name)
-            try:
-                if holder == self._topology.region:
-                    answer = await self.settled(message)
-                else:
-                    answer = await self._transport.call(
-                        holder, "/peer/settled", message, SettledAnswer, seconds_max=SETTLE_S * 3
-                    )
-            except (PeerUnreachable, PeerRefused, StoreError) as error:
-                raise ChangeRefused(f"region {holder} holds a group and can't be asked: {error}") from error
-            if answer.reason:
-                raise ChangeRefused(f"region {holder}: {answer.reason}")
+            await self._ask_settled(holder, too=name)
+        ask = AskKept(**stamp(self._topology, self._log))
         try:
-            kept = await self._transport.call(
-                name, "/peer/kept", AskKept(**self._envelope()), KeptAnswer, seconds_max=CALL_SECONDS_MAX
-            )
+            kept = await self._transport.call(name, "/peer/kept", ask, KeptAnswer, seconds_max=CALL_SECONDS_MAX)
         except (PeerUnreachable, PeerRefused, StoreError) as error:
             raise ChangeRefused(f"region {name} can't be asked what only it keeps: {error}; {GIVE_UP}") from error
         if kept.saved or kept.access:
@@ -237,26 +225,29 @@ class Membership:
         holders = sorted({row.holder for row in groups.values()})
         held: set[str] = set()
         for holder in holders:
-            message = AskSettled(**self._envelope(), seconds_max=SETTLE_S)
-            try:
-                if holder == self._topology.region:
-                    answer = await self.settled(message)
-                else:
-                    answer = await self._transport.call(
-                        holder, "/peer/settled", message, SettledAnswer, seconds_max=SETTLE_S * 3
-                    )
-            except (PeerUnreachable, PeerRefused, StoreError) as error:
-                known = _find(self._topology.record, holder)
-                hint = ""
-                if known is not None and known.role == "learner":
-                    hint = f"; start it, or take it out again: weft regions remove {holder}"
-                raise ChangeRefused(f"region {holder} holds a group and can't be asked: {error}{hint}") from error
-            if answer.reason:
-                raise ChangeRefused(f"region {holder}: {answer.reason}")
-            held |= set(answer.held)
+            held |= set((await self._ask_settled(holder)).held)
         lost = sorted(groups.keys() - held)
         if lost:
             raise ChangeRefused(f"nobody holds {', '.join(lost)} now: promote a region for each first")
+
+    async def _ask_settled(self, holder: str, too: str = "") -> SettledAnswer:
+        """What a holder holds, once a majority (and the region `too`) has all of it. ChangeRefused."""
+        message = AskSettled(**stamp(self._topology, self._log), seconds_max=SETTLE_S, too=too)
+        try:
+            if holder == self._topology.region:
+                answer = await self.settled(message)
+            else:
+                answer = await self._transport.call(
+                    holder, "/peer/settled", message, SettledAnswer, seconds_max=SETTLE_S * 3
+                )
+        except (PeerUnreachable, PeerRefused, StoreError) as error:
+            known = _find(self._topology.record, holder)
+            learns = known is not None and known.role == "learner"
+            hint = f"; start it, or take it out again: weft regions remove {holder}" if learns else ""
+            raise ChangeRefused(f"region {holder} holds a group and can't be asked: {error}{hint}") from error
+        if answer.reason:
+            raise ChangeRefused(f"region {holder}: {answer.reason}")
+        return answer
 
     async def settled(self, message: AskSettled) -> SettledAnswer:
         """As a holder: whether a majority of the present record's voters has all that was written by now."""
@@ -342,7 +333,7 @@ class Membership:
         self._confirmed = record.order
 
     async def _give(self, name: str, record: Record) -> bool:
-        message = TakeRecord(**self._envelope(), record=record)
+        message = TakeRecord(**stamp(self._topology, self._log), record=record)
         await self._transport.call(name, "/peer/record", message, Acknowledged, seconds_max=CALL_SECONDS_MAX)
         return True
 
@@ -386,13 +377,6 @@ class Membership:
             raise ChangeRefused("it has yet to get everything")
         before = await self._require_changeable()
         await self._change(before, tuple(_with(it, role="voter") if it.name == name else it for it in before.members))
-
-    def _envelope(self) -> dict[str, Any]:
-        return {
-            "config_version": self._topology.number,
-            "region": self._topology.region,
-            "incarnation": self._log.incarnation,
-        }
 
 
 def _find(record: Record, name: str) -> Member | None:

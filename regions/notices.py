@@ -27,7 +27,7 @@ from origin.store import base, replication
 from origin.store.replication import ReplicaLog
 from regions.followers import Followers
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
-from regions.peer_wire import AskNoticed, NoticedAnswer, TellNotices, TellNoticesAnswer
+from regions.peer_wire import AskNoticed, NoticedAnswer, TellNotices, TellNoticesAnswer, stamp
 from regions.replication_target import Heard, Submit, Target
 from regions.replicator import Replicator
 from regions.topology import Topology
@@ -175,9 +175,7 @@ class Notices:
                     return None
         left = max(0.0, deadline - self._clock.monotonic())
         message = AskNoticed(
-            config_version=self._topology.number,
-            region=self._topology.region,
-            incarnation=self._log.incarnation,
+            **stamp(self._topology, self._log),
             seconds_max=left,
         )
         try:
@@ -308,9 +306,7 @@ class Notices:
         after, have = self._confirmed(region), view.have(region, known.incarnation)
         part = view.behind(after, BATCH)
         message = TellNotices(
-            config_version=self._topology.number,
-            region=self._topology.region,
-            incarnation=self._log.incarnation,
+            **stamp(self._topology, self._log),
             of=known.incarnation,
             have=have,
             after=after,

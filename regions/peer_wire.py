@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from typing import Final
+from typing import Final, TypedDict
 
 import msgspec
 
@@ -27,10 +27,12 @@ from origin.store.replication import (
     GroupRow,
     Head,
     Record,
+    ReplicaLog,
     Standing,
     ThreadDelta,
 )
 from origin.thread import ClaimBody, Entry, Version
+from regions.topology import Topology
 
 CONTENT_TYPE: Final = "application/vnd.weft.peer+msgpack"
 DIGEST_HEADER: Final = "Content-Digest"
@@ -52,6 +54,17 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
     config_version: int
     region: str
     incarnation: str
+
+
+class Stamp(TypedDict):
+    config_version: int
+    region: str
+    incarnation: str
+
+
+def stamp(topology: Topology, log: ReplicaLog) -> Stamp:
+    """What every request says of its sender: which record it follows, who it is, and with which disk."""
+    return {"config_version": topology.number, "region": topology.region, "incarnation": log.incarnation}
 
 
 class Hello(Envelope, frozen=True, kw_only=True):

@@ -28,12 +28,7 @@ from origin.thread import ZERO_HASH, entry_is_sound
 from regions.adoption import Submit
 from regions.inventory import ask_heads
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
-from regions.peer_wire import (
-    Acknowledged,
-    AskDigests,
-    DigestsAnswer,
-    DisownThreads,
-)
+from regions.peer_wire import Acknowledged, AskDigests, DigestsAnswer, DisownThreads, stamp
 from regions.replication_target import Heard, Target
 from regions.replicator import Replicator
 from regions.topology import Topology
@@ -261,9 +256,7 @@ class Repair:
 
     async def _call(self, peer: str, path: str, type_: Any, answer: Any, **fields: Any) -> Any:
         message = type_(
-            config_version=self._topology.number,
-            region=self._topology.region,
-            incarnation=self._log.incarnation,
+            **stamp(self._topology, self._log),
             **fields,
         )
         return await self._transport.call(peer, path, message, answer, seconds_max=CALL_SECONDS_MAX)

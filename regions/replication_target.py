@@ -35,7 +35,7 @@ from origin.store.replication import (
 )
 from origin.thread import Entry
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
-from regions.peer_wire import Fault, Hello, HelloAnswer, Replicate, ReplicateAnswer
+from regions.peer_wire import Fault, Hello, HelloAnswer, Replicate, ReplicateAnswer, stamp
 from regions.topology import Topology, same_members
 
 DIRTY_THREADS_MAX: Final = 4_096
@@ -411,9 +411,7 @@ class Target:
         if known is None or not self._log.is_holder(group):
             return  # someone else orders this group now: its rows are theirs to send
         message = Replicate(
-            config_version=self._topology.number,
-            region=self._topology.region,
-            incarnation=self._log.incarnation,
+            **stamp(self._topology, self._log),
             group=group,
             epoch=known.epoch,
             threads=tuple(threads),
@@ -624,9 +622,7 @@ class Target:
             self.region,
             "/peer/hello",
             Hello(
-                config_version=self._topology.number,
-                region=self._topology.region,
-                incarnation=log.incarnation,
+                **stamp(self._topology, log),
                 record=self._topology.record,
                 groups=tuple(log.groups.values()),
                 held=tuple(sorted(group for group in log.groups if log.is_holder(group))),

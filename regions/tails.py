@@ -28,7 +28,7 @@ from origin.store.replication import (
 from origin.thread import Entry
 from regions.adoption import Submit
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
-from regions.peer_wire import SubmitAgain, SubmitAgainAnswer
+from regions.peer_wire import SubmitAgain, SubmitAgainAnswer, stamp
 from regions.topology import Topology
 
 ENTRIES_AT_ONCE: Final = 200
@@ -196,9 +196,7 @@ class Tails:
             holder,
             "/peer/submit-again",
             SubmitAgain(
-                config_version=self._topology.number,
-                region=self._topology.region,
-                incarnation=self._log.incarnation,
+                **stamp(self._topology, self._log),
                 group=group,
                 thread_id=thread_id,
                 entries=entries,

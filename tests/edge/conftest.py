@@ -18,6 +18,7 @@ import pytest
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from yarl import URL
 
 from edge.app import EDGE, Edge, build_app
 from infra.clock import SYSTEM_CLOCK, Clock
@@ -293,12 +294,13 @@ class RunningEdge:
     async def ask(
         self, method: str, path: str, *, token: str | None = None, headers: Any = None, **options: Any
     ) -> aiohttp.ClientResponse:
-        """With ada's token unless another, or "" for none, is given; the body is read."""
+        """With ada's token unless another, or "" for none, is given; the path goes as it is; the body is read."""
         sent = list((headers or {}).items()) if isinstance(headers, dict) or headers is None else list(headers)
         token = self.token if token is None else token
         if token:
             sent.append(("Authorization", f"Bearer {token}"))
-        response = await self.client.request(method, self.url + path, headers=sent, allow_redirects=False, **options)
+        url = URL(self.url + path, encoded=True)
+        response = await self.client.request(method, url, headers=sent, allow_redirects=False, **options)
         await response.read()
         return response
 

@@ -340,6 +340,7 @@ async def test_a_write_without_an_answer_drops_the_writers_listings(edge, region
     ("path", "headers"),
     [
         ("/api/threads?consistency=origin", {}),
+        ("/api/threads?limit=5&c%6Fnsistenc%79=origin", {}),
         ("/api/threads", {"X-Sync-Min-Version": "1.2"}),
         ("/api/threads", {"Cache-Control": "no-store"}),
     ],
