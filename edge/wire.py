@@ -30,6 +30,7 @@ from edge.framing import (
     read_head,
     skip_empty_lines,
 )
+from edge.pipe import Pipe
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.metrics import Metrics
 from infra.problem import CONTENT_TYPE, Problem
@@ -63,8 +64,6 @@ _REASONS: Final = {
 }
 
 _REPEATABLE: Final = frozenset({b"GET", b"HEAD"})
-_INTERIM: Final = b"HTTP/1.1 1"
-_EVENTS: Final = b"text/event-stream"
 
 
 class _Phase(Enum):
@@ -221,7 +220,7 @@ class Wire:
         await response.prepare(request)
         await response.write_eof()
         pipe = request.transport
-        if isinstance(pipe, _Pipe) and (connection := pipe.connection) is not None:
+        if isinstance(pipe, Pipe) and (connection := pipe.connection) is not None:
             if self.memo is not None and connection.raw:
                 self.memo.keep(connection.raw, request, response, dated=dated)
             connection.answered(keep_alive=bool(response.keep_alive))
@@ -241,13 +240,13 @@ class Wire:
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection. To aiohttp, by way of `_Pipe`, its transport."""
+    """One client's connection. To aiohttp, by way of `Pipe`, its transport."""
 
     def __init__(self, wire: Wire, server: web.Server) -> None:
         self._wire = wire
         self._server = server
         self._app: web.RequestHandler | None = None
-        self._pipe: _Pipe | None = None
+        self._pipe: Pipe | None = None
         self._transport: asyncio.Transport | None = None
         self._write_out: Callable[[bytes], None] = _nowhere
         self._address = ""
@@ -362,7 +361,7 @@ class Connection(asyncio.Protocol):
             self._app.resume_writing()
         self._advance()
 
-    # For `Wire` and `_Pipe`.
+    # For `Wire` and `Pipe`.
 
     def check(self, now: float) -> None:
         """Whether a deadline has passed."""
@@ -526,7 +525,7 @@ class Connection(asyncio.Protocol):
         if app is None:
             assert self._transport is not None
             app = self._app = self._server()
-            self._pipe = _Pipe(self, self._transport)
+            self._pipe = Pipe(self, self._transport)
             app.connection_made(self._pipe)
             if self._write_paused:
                 app.pause_writing()
@@ -623,77 +622,6 @@ class Connection(asyncio.Protocol):
 
     def __repr__(self) -> str:
         return f"<Connection of {self._address}: {self._phase.name}, {len(self._buffer)} bytes held>"
-
-
-class _Pipe(asyncio.Transport):
-    """What aiohttp takes for its transport: the client's, but for how it closes and is paused."""
-
-    def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
-        super().__init__()
-        self.connection: Connection | None = connection
-        self._transport = transport
-        self.wrote = False
-        """A part of the answer to the present request was written."""
-        self.events = False
-        """It is an event stream, which has an end only by the client's leaving."""
-
-    def begin(self) -> None:
-        self.wrote = False
-        self.events = False
-
-    def detach(self) -> None:
-        """The connection has done with whoever writes here."""
-        self.connection = None
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self.connection is not None:
-            self._note(data, len(data))
-            self._transport.write(data)
-
-    def writelines(self, list_of_data: Any) -> None:
-        if self.connection is not None:
-            parts = list(list_of_data)
-            if parts:
-                self._note(parts[0], sum(map(len, parts)))
-                self._transport.writelines(parts)
-
-    def _note(self, first: bytes | bytearray | memoryview, size: int) -> None:
-        assert self.connection is not None
-        if not self.wrote and bytes(first[:10]) != _INTERIM:
-            self.wrote = True
-            self.events = _EVENTS in bytes(first[:4096])
-        self.connection.wrote(size)
-
-    def close(self) -> None:
-        if self.connection is not None:
-            self.connection.app_closed()
-
-    def abort(self) -> None:
-        if self.connection is not None:
-            self.connection.abort()
-
-    def is_closing(self) -> bool:
-        return self.connection is None or self._transport.is_closing()
-
-    def pause_reading(self) -> None:
-        if self.connection is not None:
-            self.connection.app_paused(True)
-
-    def resume_reading(self) -> None:
-        if self.connection is not None:
-            self.connection.app_paused(False)
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return self._transport.get_extra_info(name, default)
-
-    def get_write_buffer_size(self) -> int:
-        return self._transport.get_write_buffer_size()
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        self._transport.set_write_buffer_limits(high, low)
-
-    def can_write_eof(self) -> bool:
-        return False
 
 
 def refusal(problem: Problem, unix_s: float, *, head_only: bool = False) -> bytes:
