@@ -21,6 +21,10 @@ from infra.development import DataFolder
 from tests.support.processes import RunningCluster
 from tests.support.thread_api import Stream
 
+SUMMARY_KEYS = {
+    "id", "v", "epoch", "title", "visibility", "owner", "team", "origin_region", "created_at", "last_activity",
+    "message_count", "archived", "external_id", "relations", "metadata",
+}  # fmt: skip
 REGIONS = ("us-east", "eu-west", "ap-south")
 PROBLEM_KEYS = {"type", "title", "status", "detail", "trace_id", "retryable"}
 
@@ -169,3 +173,17 @@ async def raw(edge: str, sent: bytes, *, half_close: bool = False, seconds: floa
 
 def status_of(answer: bytes) -> int:
     return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.") else 0
+
+
+async def everywhere(user: User, thread_id: str, status: int) -> None:
+    """Wait until each edge answers a look at the thread with `status`."""
+
+    async def seen() -> bool:
+        answers = [await user("GET", f"/api/threads/{thread_id}", region=region) for region in REGIONS]
+        return all(answer.status == status for answer in answers)
+
+    await eventually(seen, what=f"{status} at every edge")
+
+
+def ids(threads: list[Any]) -> list[str]:
+    return [thread["id"] for thread in threads]
