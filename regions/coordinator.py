@@ -42,22 +42,19 @@ from origin.store.base import (
 )
 from origin.store.queries import after_seq, check_freshness
 from origin.store.replication import (
-    Applied,
     Fate,
     GroupRow,
     ReplicaLog,
-    ThreadDelta,
 )
 from origin.thread import ClaimBody, CreateBody, Entry, PatchBody, Row, encode
 from regions.adoption import FETCH_BYTES_MAX, FETCH_SECONDS_MAX
 from regions.claims import Claims
 from regions.failover import Failover
+from regions.fetching import Fetcher
 from regions.followers import NO_EDGES, Edges
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import (
     HOPS_MAX,
-    Fetch,
-    FetchAnswer,
     ForwardAnswer,
     ForwardWrite,
     SettleAnswer,
@@ -79,13 +76,6 @@ _SAYS_NOTHING_OF_EARLIER_TRIES: Final = (base.ThreadExists, base.StoreBusy, base
 """Of a write that was sent more than once, these answers tell what became of the last try only."""
 
 _logger = logging.getLogger(__name__)
-
-
-class _Part(msgspec.Struct, frozen=True):
-    """Some of a thread's log as another region has it, and the group's row there."""
-
-    slice: LogSlice
-    group: GroupRow
 
 
 class _Overtaken(OutcomeUnknown):
@@ -137,6 +127,7 @@ class Coordinator:
         self._suspect = suspect
         """Told of threads that could not be read for what has rotted on this region's disk."""
         self._known_groups: OrderedDict[str, str] = OrderedDict()
+        self._fetcher = Fetcher(topology=topology, log=log, submit=local.submit, transport=transport)
         self._fetches: SingleFlight[str, None] = SingleFlight()
         self.claims = Claims(
             topology=topology,
@@ -418,13 +409,13 @@ class Coordinator:
         return written
 
     async def _apply_answer(self, answer: ForwardAnswer, source: str) -> None:
-        applied = await self._apply(answer.delta, answer.group, source)
+        applied = await self._fetcher.apply(answer.delta, answer.group, source)
         while applied:
             row = await self._log.row(answer.delta.row.id)
             if row is None or row.v >= answer.written.version.v:
                 return
-            part = await self._fetch_once(row.id, source, row.v)
-            applied = await self._apply(part.slice, part.group, source)
+            part = await self._fetcher.part(row.id, source, row.v)
+            applied = await self._fetcher.apply(part.slice, part.group, source)
 
     async def _complete(self, answer: ForwardAnswer, thread_id: str) -> Written:
         """The holder's outcome with the entries it stands for, which are here now.
@@ -649,7 +640,7 @@ class Coordinator:
                 raise ThreadNotFound(thread_id)
             return
         try:
-            await self._fetch_from(thread_id, known.holder, final_for=group)
+            await self._fetcher.fetch(thread_id, known.holder, final_for=group)
         except (PeerUnreachable, PeerRefused, Unavailable, base.NotHolder, base.Recovering) as error:
             if await self._log.row(thread_id) is not None:
                 raise Unavailable(f"the region that orders this thread can't answer now: {error}") from error
@@ -658,64 +649,9 @@ class Coordinator:
     async def _fetch_from_others(self, thread_id: str, holder: str, cause: Exception) -> None:
         """The holder is away and nothing is here: whoever has the thread will do, nobody's denial is final."""
         others = [region for region in self._topology.peers if region != holder]
-        await asyncio.gather(*(self._fetch_from(thread_id, region) for region in others), return_exceptions=True)
+        await asyncio.gather(*(self._fetcher.fetch(thread_id, region) for region in others), return_exceptions=True)
         if await self._log.row(thread_id) is None:
             raise Unavailable(f"whether the thread exists can't be known now: {cause}")
-
-    async def _fetch_from(self, thread_id: str, region: str, *, final_for: str = "") -> None:
-        while True:
-            row = await self._log.row(thread_id)
-            part = await self._fetch_once(thread_id, region, row.v if row is not None else 0, final_for)
-            applied = await self._apply(part.slice, part.group, region)
-            if not applied or part.slice.entries[-1].seq >= part.slice.row.v:
-                break
-        if final_for and not await self._is_here(part.slice.row):
-            # A thread that can't be applied here (parked, another log) must not pass for what its holder has.
-            raise Unavailable(f"what region {region} has of the thread can't be applied here")
-
-    async def _is_here(self, theirs: Row) -> bool:
-        """Whether the log here reaches that row, by the hash of its last entry."""
-        ours = await self._log.slice(theirs.id, theirs.v, bytes_max=1)
-        return ours is not None and ours.base_v == theirs.v and ours.base_hash == theirs.head_hash
-
-    async def _fetch_once(self, thread_id: str, region: str, after: int, final_for: str = "") -> _Part:
-        """One part of a thread behind `after`, as a region has it. ThreadNotFound when it has not."""
-        message = Fetch(
-            **stamp(self._topology, self._log),
-            thread_id=thread_id,
-            after=after,
-            bytes_max=FETCH_BYTES_MAX,
-            final_for=final_for,
-        )
-        answer = await self._transport.call(region, "/peer/fetch", message, FetchAnswer, seconds_max=FETCH_SECONDS_MAX)
-        if answer.slice is None or answer.group is None:
-            raise ThreadNotFound(thread_id)
-        return _Part(answer.slice, answer.group)
-
-    async def _apply(self, part: LogSlice, group: GroupRow, source: str) -> bool:
-        """Apply fetched entries through the replicate road; False when they do not fit here.
-
-        Only what its holder sends says what a log does not hold: a follower may just be behind.
-        """
-        if not part.entries:
-            return False
-        known = self._log.groups.get(group.group)
-        if known is None or known.epoch < group.epoch:
-            await self._local.submit(replication.AdoptGroup(group))
-        delta = ThreadDelta(part.row.id, part.base_v, part.base_hash, part.entries, part.row.v)
-        operation = replication.ApplyDelta(group.group, group.epoch, source, delta, ordered=group.holder == source)
-        try:
-            answer = await self._local.submit(operation)
-        except base.Fenced as error:
-            answer = error
-        if not isinstance(answer, Applied):
-            _logger.info(
-                "entries fetched from %s do not fit here",
-                source,
-                extra={"fields": {"thread": part.row.id, "answer": str(answer)}},
-            )
-            return False
-        return True
 
 
 def _behind(row: Row, after: str | None, freshness: Freshness) -> bool:
