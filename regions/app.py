@@ -75,7 +75,6 @@ async def open_region(
         )
         stack.push_async_callback(store.close)
         peers = HttpPeers(topology, signer, verifier)
-        await peers.start()
         stack.push_async_callback(peers.close)
         node = await stack.enter_async_context(
             open_node(

@@ -34,6 +34,7 @@ from regions.topology import Topology, claims_thread
 
 CLAIMS_PER_REQUEST: Final = 256
 CLAIM_SECONDS_MAX: Final = 10.0
+FIND_SECONDS_MAX: Final = 5.0
 MOVING_SECONDS_MAX: Final = 5.0
 MOVING_PAUSE_S: Final = 0.05
 BIRTH: Final = "1970-01-01T00:00:00Z"
@@ -94,6 +95,16 @@ class Claims:
         What is here is not asked: it may be a claim that no majority has, of a holder that was replaced, and the id
         was claimed for another group since. To look for the thread in the wrong one would be to deny it.
         """
+        try:
+            try:
+                return await self._find(thread_id)
+            except PeerUnreachable:
+                # Perhaps it was only one dead connection; a question may be asked again.
+                return await self._find(thread_id)
+        except (PeerUnreachable, PeerRefused) as error:
+            raise Unavailable(f"whether the thread exists can't be known now: {error}") from error
+
+    async def _find(self, thread_id: str) -> ClaimBody | None:
         holder = self._holder()
         if holder == self._topology.region:
             self._require_unminted(thread_id)
@@ -102,19 +113,16 @@ class Claims:
             known = await self._log.find(claims_thread(thread_id), thread_id)
             self._require_lease(self._topology.claims_group)
             return None if known is None else msgspec.json.decode(known.body, type=ClaimBody)
-        try:
-            answer = await self._transport.call(
-                holder,
-                "/peer/find-claim",
-                FindClaim(
-                    **stamp(self._topology, self._log),
-                    thread_id=thread_id,
-                ),
-                FindClaimAnswer,
-                seconds_max=CLAIM_SECONDS_MAX,
-            )
-        except (PeerUnreachable, PeerRefused) as error:
-            raise Unavailable(f"whether the thread exists can't be known now: {error}") from error
+        answer = await self._transport.call(
+            holder,
+            "/peer/find-claim",
+            FindClaim(
+                **stamp(self._topology, self._log),
+                thread_id=thread_id,
+            ),
+            FindClaimAnswer,
+            seconds_max=FIND_SECONDS_MAX,
+        )
         return answer.claim
 
     async def claim_here(self, claims: Sequence[Claim]) -> list[ClaimBody]:

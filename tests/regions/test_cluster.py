@@ -418,14 +418,15 @@ async def test_a_write_that_its_region_kept_is_never_refused_because_it_can_not_
     thread_id = await make(cluster)
     await eventually(cluster.converged)
     writer = cluster["eu-west"].writer
-    submit = writer.submit
+    submit_many = writer.submit_many
 
-    async def full(operation: Any) -> Any:
-        if isinstance(operation, ApplyDelta):
-            raise StoreFull("the disk is full")
-        return await submit(operation)
+    async def full(operations: Any) -> Any:
+        if any(isinstance(operation, ApplyDelta) for operation in operations):
+            # Whether it comes with the answer or by replication, which may be first.
+            return [StoreFull("the disk is full")] * len(operations)
+        return await submit_many(operations)
 
-    monkeypatch.setattr(writer, "submit", full)
+    monkeypatch.setattr(writer, "submit_many", full)
     with pytest.raises(OutcomeUnknown, match="the disk is full"):
         await cluster["eu-west"].coordinator.write(append(thread_id, message("m2")))
     assert await texts(cluster, "us-east", thread_id) == ["m1", "m2"]
@@ -674,3 +675,22 @@ async def test_an_id_of_a_region_that_the_asker_does_not_know_yet_is_neither_den
         await claims.find(thread_id)
     with pytest.raises(Unavailable):
         await claims.claim_here([Claim(thread_id, ClaimBody("ap-south", ANN.issuer, ANN.subject))])
+
+
+async def test_a_lost_answer_about_a_claim_is_asked_for_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question changes nothing: one dead connection is no reason to say that the answer can't be known."""
+    call, asked = LocalTransport.call, list[str]()
+
+    async def lossy(self: LocalTransport, region: str, path: str, *arguments: Any, **more: Any) -> Any:
+        if path == "/peer/find-claim":
+            asked.append(region)
+            if len(asked) == 1:
+                raise PeerUnreachable(region, "no answer", sent=True)
+        return await call(self, region, path, *arguments, **more)
+
+    monkeypatch.setattr(LocalTransport, "call", lossy)
+    with pytest.raises(ThreadNotFound):
+        await cluster["eu-west"].coordinator.read(str(uuid4()), ANN)
+    assert asked == ["us-east", "us-east"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from infra.identity import (
 )
 from infra.server import Lifecycle
 from origin.store.replication import GroupRow
+from regions import peer_client
 from regions.app import open_region, region_app
 from regions.notices import Notices
 from regions.peer_client import HttpPeers, PeerRefused, PeerUnreachable
 from regions.peer_wire import DIGEST_HEADER, Hello, HelloAnswer, content_digest
 from regions.topology import Topology
+from tests.support.linkproxy import link_proxy
 
 Client = TestClient[web.Request, web.Application]
 
@@ -213,7 +216,6 @@ async def call_impostor(tmp_path: Path, token: str, *, damage: bool = False) -> 
         peers = HttpPeers(
             topology, IdentitySigner(key, "region:eu-west"), IdentityVerifier(key.public_key(), "region:eu-west")
         )
-        await peers.start()
         try:
             message = msgspec.msgpack.decode(hello(), type=Hello)
             await peers.call("us-east", "/peer/hello", message, HelloAnswer, seconds_max=2.0)
@@ -249,7 +251,6 @@ async def test_a_region_that_does_not_answer_at_all_was_not_sent_to(tmp_path: Pa
     peers = HttpPeers(
         topology, IdentitySigner(key, "region:eu-west"), IdentityVerifier(key.public_key(), "region:eu-west")
     )
-    await peers.start()
     try:
         with pytest.raises(PeerUnreachable) as failure:
             message = msgspec.msgpack.decode(hello(), type=Hello)
@@ -259,11 +260,62 @@ async def test_a_region_that_does_not_answer_at_all_was_not_sent_to(tmp_path: Pa
         await peers.close()
 
 
+async def test_connections_that_a_fault_left_dead_go_with_the_first_timeout(
+    region: Client, signer: IdentitySigner, tmp_path: Path
+) -> None:
+    """Else each of them takes a request into silence, long after the way is whole again."""
+    key = write_peer_key(tmp_path / "peer.key")
+    message = msgspec.msgpack.decode(hello(), type=Hello)
+    with link_proxy({"way": ("127.0.0.1", region.port)}) as proxy:
+        topology = Topology.of(
+            "eu-west", {"us-east": f"http://127.0.0.1:{proxy.ports['way']}", "eu-west": "http://127.0.0.1:2"}
+        )
+        peers = HttpPeers(topology, signer, IdentityVerifier(key.public_key(), "region:eu-west"))
+
+        async def call(seconds_max: float) -> HelloAnswer:
+            return await peers.call("us-east", "/peer/hello", message, HelloAnswer, seconds_max=seconds_max)
+
+        try:
+            await asyncio.gather(*(call(10.0) for _ in range(4)))
+            assert proxy.statistics()["way"]["connections"] == 4
+            proxy.change("way", silence="lose")
+            proxy.heal()
+            with pytest.raises(PeerUnreachable, match="no answer") as failure:
+                await call(0.5)
+            assert failure.value.sent
+            for _ in range(3):
+                await call(5.0)
+        finally:
+            await peers.close()
+
+
+async def test_a_connection_that_is_never_made_carried_nothing(
+    signer: IdentitySigner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that drops what it is sent, as behind a partition: told "perhaps it was written", clients would wait."""
+    monkeypatch.setattr(peer_client, "CONNECT_SECONDS", 0.2)
+    key = write_peer_key(tmp_path / "peer.key")
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as first, socket.socket() as second:
+        for waiting in (first, second):  # its queue of connections, which nobody takes
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        topology = Topology.of(
+            "eu-west", {"us-east": f"http://127.0.0.1:{full.getsockname()[1]}", "eu-west": "http://127.0.0.1:2"}
+        )
+        peers = HttpPeers(topology, signer, IdentityVerifier(key.public_key(), "region:eu-west"))
+        try:
+            with pytest.raises(PeerUnreachable) as failure:
+                message = msgspec.msgpack.decode(hello(), type=Hello)
+                await peers.call("us-east", "/peer/hello", message, HelloAnswer, seconds_max=5.0)
+            assert not failure.value.sent
+        finally:
+            await peers.close()
+
+
 async def test_a_peer_that_refuses_says_why(region: Client, signer: IdentitySigner, tmp_path: Path) -> None:
     key = write_peer_key(tmp_path / "peer.key")
     topology = Topology.of("eu-west", {"us-east": f"http://127.0.0.1:{region.port}", "eu-west": "http://127.0.0.1:2"})
     peers = HttpPeers(topology, signer, IdentityVerifier(key.public_key(), "region:eu-west"))
-    await peers.start()
     try:
         with pytest.raises(PeerRefused, match="wire version"):
             message = msgspec.msgpack.decode(hello(wire=WIRE + 1), type=Hello)
