@@ -6,7 +6,7 @@ sent, so a backlog is bounded by the number of threads. The engine marks rows wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import msgspec
@@ -17,6 +17,7 @@ from origin.store.replication import (
     OutboxRow,
     Postpone,
 )
+from origin.store.script import Log
 
 ERROR_CHARS_MAX: Final = 500
 
@@ -34,75 +35,73 @@ class _Due(msgspec.Struct):
 
 
 class Outbox:
-    """Rows by target, then by thread; a target that isn't one of `targets` is owed nothing."""
+    """Rows by target, then by thread; a target that isn't one of `targets` is owed nothing. `of_group` gives the ids of
+    a group's threads."""
 
-    def __init__(self, targets: Iterable[str]) -> None:
+    def __init__(self, targets: Iterable[str], of_group: Callable[[str], Iterable[str]]) -> None:
+        self._of_group = of_group
         self._rows: dict[str, dict[str, _Due]] = {target: {} for target in targets}
 
     def __repr__(self) -> str:
         return f"<Outbox { ({target: len(rows) for target, rows in self._rows.items()}) }>"
 
     def retarget(self, targets: Iterable[str]) -> None:
-        """Owe to these from now on, and nothing to others."""
         self._rows = {target: self._rows.get(target, {}) for target in targets}
 
-    def mark(self, thread_id: str, *, want_v: int, had_v: int, at_us: int, urgent: bool) -> None:
-        """Owe a thread up to `want_v` to every target. One that was owed nothing has `had_v` of it.
-
-        `urgent` (a deletion or narrowing) reaches targets that park the thread, too.
-        """
+    def mark(self, log: Log, *, want_v: int, had_v: int, at_us: int, urgent: bool) -> None:
         for rows in self._rows.values():
-            due = rows.get(thread_id)
+            due = rows.get(log.thread_id)
             if due is None:
-                rows[thread_id] = _Due(want_v, had_v, at_us)
+                rows[log.thread_id] = _Due(want_v, had_v, at_us)
                 continue
             due.want_v = want_v
             if urgent:
                 due.parked, due.next_at = False, 0.0
 
-    def offer(self, target: str, threads: Iterable[tuple[str, int]], at_us: int) -> None:
-        """Offer `target` each (thread, v): nothing to send, its answer says where to begin."""
+    def offer(self, target: str, threads: Iterable[tuple[Log, int]], at_us: int) -> None:
         rows = self._rows.get(target)
         if rows is None:
             return
-        for thread_id, v in threads:
-            due = rows.setdefault(thread_id, _Due(v, v, at_us))
+        for log, v in threads:
+            due = rows.setdefault(log.thread_id, _Due(v, v, at_us))
             due.want_v, due.offered = v, True
             due.parked, due.attempts, due.next_at = False, 0, 0.0
 
-    def offer_to_all(self, thread_id: str, v: int, at_us: int) -> None:
+    def offer_to_all(self, log: Log, v: int, at_us: int) -> None:
         for target in self._rows:
-            self.offer(target, [(thread_id, v)], at_us)
+            self.offer(target, [(log, v)], at_us)
 
-    def forget(self, thread_ids: Iterable[str]) -> None:
-        """What was owed of these threads is another holder's to send."""
-        for thread_id in thread_ids:
+    def forget_group(self, group: str) -> None:
+        for thread_id in self._of_group(group):
             for rows in self._rows.values():
                 rows.pop(thread_id, None)
+
+    def forget_all(self) -> None:
+        for rows in self._rows.values():
+            rows.clear()
 
     def owed(self) -> frozenset[str]:
         """Threads that any target has yet to confirm."""
         return frozenset(thread_id for rows in self._rows.values() for thread_id in rows)
 
-    def acknowledge(self, target: str, thread_id: str, v: int) -> None:
-        due = self._rows.get(target, {}).get(thread_id)
+    def acknowledge(self, target: str, log: Log, v: int) -> None:
+        due = self._rows.get(target, {}).get(log.thread_id)
         if due is None:
             return
         due.acked_v = v if due.offered else max(due.acked_v, v)
         due.offered = False
         due.attempts, due.next_at, due.parked, due.last_error = 0, 0.0, False, None
         if due.want_v <= v:
-            del self._rows[target][thread_id]
+            del self._rows[target][log.thread_id]
 
-    def postpone(self, operation: Postpone) -> None:
-        due = self._rows.get(operation.target, {}).get(operation.thread_id)
+    def postpone(self, log: Log, operation: Postpone) -> None:
+        due = self._rows.get(operation.target, {}).get(log.thread_id)
         if due is not None:
             due.attempts += 1
             due.next_at, due.parked = operation.next_at, operation.parked
             due.last_error = operation.error[:ERROR_CHARS_MAX]
 
     def unpark(self, target: str | None) -> int:
-        """Make parked rows due again, of every target when None; how many there were."""
         parked = [
             due for name, rows in self._rows.items() if target in (None, name) for due in rows.values() if due.parked
         ]

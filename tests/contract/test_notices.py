@@ -185,7 +185,7 @@ async def test_a_commit_that_fails_leaves_no_notice_behind(
 ) -> None:
     store = await opened(tmp_path, clock)
     await announce(store, revoked(clock, "t1"))
-    monkeypatch.setattr(store._writer, "_finish", failing)
+    monkeypatch.setattr(store._writer._state, "flush", failing)
     await store.commit([Announce(revoked(clock, "t2"), 100)])
     monkeypatch.undo()
     assert here(store) == {"t1": 1}

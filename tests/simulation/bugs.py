@@ -15,7 +15,7 @@ from unittest.mock import patch
 import msgspec
 
 from origin import access, groups, log, notices, writer
-from origin.store import base, memory, memory_outbox, queries, replication
+from origin.store import base, memory, memory_outbox, queries, replication, script
 from regions import (
     claims,
     coordinator,
@@ -184,7 +184,7 @@ def creation_twice() -> Sequence[Any]:
 
 @bug("An Idempotency-Key's request is carried out once.", LINKS)
 def keys_are_forgotten() -> Sequence[Any]:
-    return [patch.object(memory.MemoryStore, "_recall", lambda *_: None)]
+    return [patch.object(memory.MemoryState, "recall", lambda *_: None)]
 
 
 @bug("A write whose first try was perhaps carried out is unknown, not refused.", LINKS)
@@ -221,12 +221,12 @@ def outbox_outside_the_transaction() -> Sequence[Any]:
 def any_answer_clears_the_outbox() -> Sequence[Any]:
     real = memory_outbox.Outbox.mark
 
-    def once(self: Any, thread_id: str, *, want_v: int, had_v: int, **more: Any) -> None:
+    def once(self: Any, log: script.Log, *, want_v: int, had_v: int, **more: Any) -> None:
         # What is owed already is not raised: the answer to the first delta ends it.
         for rows in self._rows.values():
-            if thread_id in rows:
+            if log.thread_id in rows:
                 return
-        real(self, thread_id, want_v=want_v, had_v=had_v, **more)
+        real(self, log, want_v=want_v, had_v=had_v, **more)
 
     return [patch.object(memory_outbox.Outbox, "mark", once)]
 
@@ -242,7 +242,7 @@ def _hold_anything(self: Any, target: str, v: int) -> None:
 
 @bug("A deletion or narrowing takes effect though the thread's entries can't be applied.", ("poison",))
 def access_waits_for_the_log() -> Sequence[Any]:
-    return [patch.object(memory.MemoryStore, "_hold", lambda *_: None)]
+    return [patch.object(script.Script, "_hold", lambda *_: None)]
 
 
 @bug("A deletion or narrowing is answered when every reachable region applied it.", ("reordering", "slow_disk"))
@@ -375,7 +375,7 @@ def nothing_is_recovered() -> Sequence[Any]:
 
 @bug("What is cut from a log is saved.", MOVES)
 def tails_are_dropped() -> Sequence[Any]:
-    return [patch.object(memory.MemoryStore, "_save", lambda *_: None)]
+    return [patch.object(memory.MemoryState, "save", lambda *_: None)]
 
 
 @bug("Saved entries are submitted again.", MOVES)

@@ -112,33 +112,37 @@ class MemoryMedium:
         self._store = None
 
     def row(self, thread_id: str) -> Row | None:
-        thread = self._store._threads.get(thread_id) if self._store is not None else None
+        thread = self._store.state.threads.get(thread_id) if self._store is not None else None
         return None if thread is None else thread.row
 
     def shown(self, thread_id: str) -> Row | None:
-        thread = self._store._threads.get(thread_id) if self._store is not None else None
-        return None if thread is None or self._store is None else self._store._shown(thread)
+        thread = self._store.state.threads.get(thread_id) if self._store is not None else None
+        return None if thread is None or self._store is None else self._store.state.shown(thread)
 
     def thread_ids(self) -> list[str]:
-        return sorted(self._store._threads) if self._store is not None else []
+        return sorted(self._store.state.threads) if self._store is not None else []
 
     def entries(self, thread_id: str) -> Sequence[Entry]:
-        thread = self._store._threads.get(thread_id) if self._store is not None else None
+        thread = self._store.state.threads.get(thread_id) if self._store is not None else None
         return () if thread is None else thread.entries
 
     def seq_of(self, thread_id: str, entry_id: str) -> int | None:
-        thread = self._store._threads.get(thread_id) if self._store is not None else None
+        thread = self._store.state.threads.get(thread_id) if self._store is not None else None
         return None if thread is None else thread.seq_of.get(entry_id)
 
     def saved(self) -> set[tuple[str, str]]:
-        return {(it.thread_id, it.entry.id) for it in self._store._saved.values()} if self._store is not None else set()
+        return (
+            {(it.thread_id, it.entry.id) for it in self._store.state.saved.values()}
+            if self._store is not None
+            else set()
+        )
 
     def unsaved(self) -> int:
-        return sum(not it.buried for it in self._store._saved.values()) if self._store is not None else 0
+        return sum(not it.buried for it in self._store.state.saved.values()) if self._store is not None else 0
 
     def backlog(self, target: str) -> replication.Backlog:
         assert self._store is not None
-        return self._store._outbox.backlog(target, self._store._now_us())
+        return self._store.state.owed.backlog(target, self._store._now_us())
 
     def notices(self) -> NoticeView:
         return self._store.notices if self._store is not None else NO_NOTICES
