@@ -12,8 +12,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export UV_PYTHON_DOWNLOADS := never
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 
-# How many processes share the quick tests, file by file. The long ones have the machine to themselves.
+# How many processes share the quick tests, file by file, and the long ones that only reckon, test by test. Those with
+# servers and clients of their own have the machine to themselves.
 TESTERS ?= 2
+RECKONING := tests/simulation tests/contract tests/origin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -39,7 +41,8 @@ test: install
 	$(BIN)/python -m pytest -m "not full" -q --numprocesses=$(TESTERS) --dist=loadfile --no-loadscope-reorder --durations=10 $(ARGS)
 
 test-full: install
-	$(BIN)/python -m pytest -m full -q --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -m full -q --numprocesses=$(TESTERS) --dist=worksteal --durations=15 $(RECKONING) $(ARGS)
+	$(BIN)/python -m pytest -m full -q --durations=15 $(RECKONING:%=--ignore=%) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -433,7 +433,7 @@ def _plan_resubmit(
             fates.append((entry.id, "buried"))
             continue
         if found is not None:
-            derived_id, body = _derived(entry)
+            derived_id, body = derived(entry.id, entry.body)
             if (ids.get(derived_id) or log.entry(derived_id)) is not None:
                 fates.append((entry.id, "present"))
                 in_row = 0
@@ -461,13 +461,13 @@ def _same_message(found: Entry, entry: Entry) -> bool:
     return found.kind == "message" and same_body(found.body, entry.body)
 
 
-def _derived(entry: Entry) -> tuple[str, bytes]:
+def derived(id_: str, body: bytes) -> tuple[str, bytes]:
     """Id and body of a message whose own id has become another's: the same for the same body, so a retry finds
     it, and `conflict_of` names the id it had."""
-    tag = hashlib.sha256(entry.body).hexdigest()[:12]
-    derived_id = f"{entry.id[: MESSAGE_ID_CHARS_MAX - 14]}~{tag}"
-    body = cast(dict[str, object], decode(entry.body))
-    return derived_id, encode({**body, "id": derived_id, "conflict_of": entry.id})
+    tag = hashlib.sha256(body).hexdigest()[:12]
+    derived_id = f"{id_[: MESSAGE_ID_CHARS_MAX - 14]}~{tag}"
+    fields = cast(dict[str, object], decode(body))
+    return derived_id, encode({**fields, "id": derived_id, "conflict_of": id_})
 
 
 def _outlived(entry: Entry, row: Row, log: LogView) -> bytes:

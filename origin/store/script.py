@@ -223,7 +223,7 @@ class Script(Generic[L]):
                 return replayed if write.durability in (None, "region") else self._in_this_epoch(replayed)
         found = self._state.log_to_extend(write.thread_id)
         row = found.row
-        group = self._held_group(_group_of(row, write))
+        group = self._held_group(self._group_of(row, write))
         if write.thread_id in self._cluster.unrecovered:
             raise base.Recovering(write.thread_id)
         hold = log.strictest(self._state.holds(write.thread_id))
@@ -240,6 +240,15 @@ class Script(Generic[L]):
             base_v=row.v if row is not None else 0,
             base_hash=row.head_hash if row is not None else ZERO_HASH,
         )
+
+    def _group_of(self, row: Row | None, write: base.Write) -> str:
+        if row is not None:
+            return row.group
+        if (recovery := self._cluster.unrecovered.get(write.thread_id)) is not None:
+            return recovery.group  # nothing of it is here yet, and still it is there
+        if write.create is None:
+            raise base.ThreadNotFound(write.thread_id)
+        return msgspec.json.decode(write.create.body, type=CreateBody).group
 
     def _in_this_epoch(self, replayed: Written) -> Written:
         """The replay with an entry of the present epoch behind it: confirmations of older ones count for nothing."""
@@ -477,11 +486,3 @@ class Script(Generic[L]):
         self._cluster.settle(operation)
         if operation.standing == "learner":
             self._state.owed.forget_all()
-
-
-def _group_of(row: Row | None, write: base.Write) -> str:
-    if row is not None:
-        return row.group
-    if write.create is None:
-        raise base.ThreadNotFound(write.thread_id)
-    return msgspec.json.decode(write.create.body, type=CreateBody).group

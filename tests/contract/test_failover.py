@@ -335,6 +335,8 @@ async def test_a_thread_that_was_never_here_is_recovered_whole(open_engine: Open
     await commit_one(old, create(T, messages=messages(2)))
     await elect(new, PEER, 2, recoveries=[await recovery_of(old, HERE, T)])
     assert isinstance(await commit_one(new, create(T)), Recovering), "created anew, it would be another log"
+    for write in (append(T, message("x")), delete(T)):
+        assert isinstance(await commit_one(new, write), Recovering), "denied, its owner would take it for lost"
     assert isinstance(await commit_one(new, received(await delta_from(old, T), epoch=2)), Applied)
     assert await log_of(new, T) == await log_of(old, T)
     assert dict(await new.unconfirmed(T)) == {HERE: 0, THIRD: 0}

@@ -356,7 +356,7 @@ def a_replaced_holder_goes_on() -> Sequence[Any]:
     return [patch.object(groups, "adopt", deaf)]
 
 
-@bug("A candidate needs a majority's promises.", ("partition", "promote", "one_way"), seeds_max=600)
+@bug("A candidate needs a majority's promises.", ("promote_across_a_cut",), seeds_max=300)
 def elected_alone() -> Sequence[Any]:
     real = failover.Failover._collect
 
@@ -366,7 +366,7 @@ def elected_alone() -> Sequence[Any]:
     return [patch.object(failover.Failover, "_collect", alone)]
 
 
-@bug("The best log of a majority is adopted before it is served.", ("promote", "partition", "one_way"), seeds_max=600)
+@bug("The best log of a majority is adopted before it is served.", ("promote_across_a_cut",), seeds_max=300)
 def nothing_is_recovered() -> Sequence[Any]:
     real = groups.Cluster.win
     blind = lambda self, won: real(self, msgspec.structs.replace(won, recoveries=()))  # noqa: E731
@@ -425,7 +425,7 @@ def a_new_disk_counts_at_once() -> Sequence[Any]:
     return [patch.object(joining.Joining, "_try", at_once)]
 
 
-@bug("consistency=origin needs the lease.", ("partition", "one_way", "promote"), seeds_max=600)
+@bug("consistency=origin needs the lease.", ("promote_across_a_cut",), seeds_max=300)
 def no_lease() -> Sequence[Any]:
     return [patch.object(failover.Failover, "has_lease", lambda self, group: True)]
 

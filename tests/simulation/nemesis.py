@@ -284,6 +284,25 @@ async def promote_twice(world: World, rng: random.Random) -> None:
     await asyncio.gather(*(_promote(world, rng, world.regions[name], graceful=False, group=group) for name in two))
 
 
+@nemesis
+async def promote_across_a_cut(world: World, rng: random.Random) -> None:
+    """A group is to change hands while its holder, or who is to hold it, hears nobody and knows no better."""
+    group = rng.choice(world.names)
+    holders = [name for name in world.names if (node := world.regions[name].node) and node.engine.is_holder(group)]
+    if not holders or world.network.blocked:
+        return  # two cuts at a time leave no majority
+    holder = holders[0]
+    candidate = rng.choice([name for name in world.names if name != holder])
+    alone = rng.choice((holder, candidate))
+    cut = [pair for name in world.names if name != alone for pair in ((alone, name), (name, alone))]
+    for link in cut:
+        world.network.blocked[link] = False
+    await _promote(world, rng, world.regions[candidate], graceful=False, group=group)
+    await asyncio.sleep(rng.uniform(2.0, 6.0))
+    for link in cut:
+        world.network.blocked.pop(link, None)
+
+
 async def _promote(world: World, rng: random.Random, region: SimRegion, *, graceful: bool, group: str = "") -> None:
     group = group or rng.choice(world.names)
     try:

@@ -14,6 +14,7 @@ from typing import Final
 from uuid import UUID
 
 from infra.identity import Principal
+from origin import log
 from origin.store import base
 from origin.store.base import (
     Draft,
@@ -164,14 +165,23 @@ class Client:
         await self.insist(self.request(write, "append"), write, self.region())
 
     async def contradict(self, thread_id: str) -> None:
-        """An id of an earlier message with another body: that must not be taken."""
+        """An id of an earlier message with another body: that must not be taken, but by a holder that was replaced and
+        does not know; then it comes back under a derived id."""
         earlier = [request for request in self.history.of(thread_id) if request.kind == "append" and request.acked]
         if not earlier:
             return
-        id_ = self.rng.choice(earlier).entry_ids[0]
-        write = Write(thread_id, self.actor, "update", messages=(message(id_, "says something else"),))
+        first = self.rng.choice(earlier)
+        id_ = first.entry_ids[0]
+        said = message(id_, "says something else")
         request = Request(-1, "conflict", thread_id, self.actor, ())
-        if await self.attempt(request, write, self.region()) is not None:
+        write = Write(thread_id, self.actor, "update", messages=(said,))
+        taken = await self.attempt(request, write, self.region()) is not None
+        if first.acked[0].written is not None and self.world.contested(first.acked[0].written.row.group):
+            if not request.refused:
+                aside, body = log.derived(id_, said.body)
+                request.entry_ids, request.bodies = (aside,), {aside: body}
+                self.history.add(request)
+        elif taken:
             self.world.violation(f"{id_} was taken with two bodies in {thread_id}")
 
     async def append_keyed(self) -> None:
