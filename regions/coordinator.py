@@ -303,7 +303,7 @@ class Coordinator:
                         # regions anyway need not wait for those before: it is asked again before it is confirmed.
                         if self._level(write) == "region" or not self._failover.won_lately(group):
                             self._require_own_lease(group)
-                        return await self.write_here(write)
+                        return await self._write_or_deny(group, write)
                     if hops >= HOPS_MAX:
                         raise base.NotHolder(row)
                     return await self._forward(row, write, hops + 1)
@@ -340,6 +340,15 @@ class Coordinator:
             raise OutcomeUnknown(
                 f"group {group} moved while it was written to: {error}; retry with the same ids"
             ) from error
+
+    async def _write_or_deny(self, group: str, write: Write) -> Written:
+        """As `write_here`; but that there is no such thread is only said while nobody else can have become the holder,
+        who may have acknowledged it since."""
+        try:
+            return await self.write_here(write)
+        except ThreadNotFound:
+            self.require_lease(group)
+            raise
 
     def _require_own_lease(self, group: str) -> None:
         if self._failover.needs_lease and self._log.is_holder(group) and not self._failover.has_lease(group):
