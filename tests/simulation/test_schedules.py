@@ -730,19 +730,3 @@ def test_a_write_to_a_thread_that_a_holder_was_cut_off_from_is_not_denied() -> N
         await it.write(HOME, append(thread_id, message("m1")), "region")
 
     play(script)
-
-
-def test_a_write_to_a_thread_that_its_new_holder_has_yet_to_fetch_is_not_denied() -> None:
-    """It was elected by the promise of one that has the thread: whose log is adopted before anything is said of it."""
-
-    async def script(it: Script) -> None:
-        it.world.network.blocked[HOME, OTHER] = False
-        thread_id = it.mint(HOME)
-        await it.write(HOME, create(thread_id), "quorum")
-        it.heal()
-        it.isolate(HOME)
-        await it.promote(OTHER, HOME)
-        written = await it.write(OTHER, append(thread_id, message("m1")), "quorum")
-        assert written.version.v == 3
-
-    play(script)
