@@ -298,9 +298,10 @@ class SqliteStore:
 
     async def _require_whole(self, thread_id: str, actor: Principal | None) -> None:
         """ThreadDamaged for a thread whose entries have rotted, told only to those who may read it."""
-        if thread_id in self.damaged:
+        damage = self.damaged.get(thread_id)
+        if damage is not None:
             await self._read(sqlite_read.require_readable, thread_id, actor)
-            raise base.ThreadDamaged(f"{self.damaged[thread_id]} of the thread are damaged in this region")
+            raise base.ThreadDamaged(f"{damage} of the thread are damaged in this region")
 
     async def row(self, thread_id: str) -> Row | None:
         return await self._read(sqlite_read.read_row, thread_id)

@@ -342,7 +342,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
 def test_a_new_cluster_says_where_it_is_and_has_something_to_show(cluster: RunningCluster) -> None:
     log = cluster.data.parent / "data.up.log"
     # cluster.json stands a moment before the announcement; the curl line is its last.
-    wait_until(lambda: "/api/threads\n" in log.read_text(), seconds=10, what="the announcement")
+    wait_until(lambda: "/api/threads\n" in log.read_text(), what="the announcement")
     said = log.read_text()
     assert f"console  {cluster.edge('solo')}/" in said
     line = next(line for line in said.splitlines() if line.startswith("curl "))
@@ -443,7 +443,7 @@ def test_repair_finds_a_byte_that_turned_and_the_doctor_remembers(cluster: Runni
 
 def test_a_killed_region_is_back_at_once(cluster: RunningCluster) -> None:
     before = cluster.kill("solo", "region")
-    wait_until(lambda: cluster.pid("solo", "region") != before, seconds=10, what="a new process")
+    wait_until(lambda: cluster.pid("solo", "region") != before, what="a new process")
     assert weft("threads", "list", "--data", str(cluster.data)).stdout.count("\n") > 1
 
 

@@ -58,9 +58,7 @@ async def test_a_region_that_never_came_is_named_and_taken_out_again(cluster: Cl
     for name in (FIFTH, FOURTH):
         await cluster.start_region(name)
         await _retried(lambda name=name: membership.add(name, f"http://{name}"))
-        await eventually(
-            lambda name=name: _is(name in cluster[HOME].node.topology.voters), seconds=30, what=f"{name} votes"
-        )
+        await eventually(lambda name=name: _is(name in cluster[HOME].node.topology.voters), what=f"{name} votes")
 
 
 async def test_a_region_that_leaves_brings_back_first_what_it_saved(
@@ -138,8 +136,8 @@ async def test_a_region_that_was_removed_comes_back(cluster: Cluster, disk: str)
     await cluster[HOME].coordinator.write(append(thread_id, message("m2"), durability="quorum"))
     await cluster[THIRD].open()
     await _retried(lambda: cluster[HOME].node.membership.add(THIRD, f"http://{THIRD}"))
-    await eventually(lambda: _is(THIRD in cluster[HOME].node.topology.voters), seconds=30)
-    await eventually(lambda: _is(cluster[THIRD].node.failover.votes), seconds=30)
+    await eventually(lambda: _is(THIRD in cluster[HOME].node.topology.voters))
+    await eventually(lambda: _is(cluster[THIRD].node.failover.votes))
     assert (cluster[THIRD].store.incarnation != before) == (disk == "an empty one")
     assert cluster[HOME].node.topology.record.members[2].ordinal == ordinal
     assert not any(cluster[THIRD].store.is_holder(group) for group in cluster[THIRD].store.groups)

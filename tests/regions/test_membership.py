@@ -38,7 +38,7 @@ async def added(cluster: Cluster, name: str) -> None:
     async def votes() -> bool:
         return region.node.topology.votes and region.store.is_holder(name) and region.store.standing == "voter"
 
-    await eventually(votes, seconds=30, what=f"{name} votes")
+    await eventually(votes, what=f"{name} votes")
 
 
 async def _retried(change: object) -> None:
@@ -87,7 +87,7 @@ async def test_a_learner_does_not_count(cluster: Cluster) -> None:
     thread_id = cluster[HOME].mint.thread_id()
     await cluster[HOME].coordinator.write(create(thread_id, messages=[message("m1")], durability="all"))
     cluster.network.heal()
-    await eventually(lambda: _is(cluster[FOURTH].node.topology.votes), seconds=30)
+    await eventually(lambda: _is(cluster[FOURTH].node.topology.votes))
     await eventually(cluster.converged)
 
 
@@ -121,11 +121,11 @@ async def test_three_five_four_under_load(cluster: Cluster) -> None:
     await _retried(lambda: cluster[HOME].node.membership.remove(THIRD))
     assert cluster[HOME].node.topology.voters == (HOME, OTHER, FOURTH, FIFTH)
     before = sum(map(len, written.values()))
-    await eventually(lambda: _is(sum(map(len, written.values())) > before + 20), seconds=30)
+    await eventually(lambda: _is(sum(map(len, written.values())) > before + 20))
     stop.set()
     await asyncio.gather(*clients)
     members = (HOME, OTHER, FOURTH, FIFTH)
-    await eventually(lambda: cluster.converged(*members), seconds=30)
+    await eventually(lambda: cluster.converged(*members))
     for region in members:
         for group, thread_id in threads.items():
             page = await cluster[region].coordinator.read(thread_id, ANN)
@@ -155,7 +155,7 @@ async def test_a_new_holder_of_the_first_group_settles_the_record_before_it_chan
     await _retried(lambda: cluster[OTHER].node.membership.add(FOURTH, f"http://{FOURTH}"))
     record = cluster[OTHER].node.topology.record
     assert (record.epoch, record.version) >= (row.epoch, 3), "an unchanged one came first"
-    await eventually(lambda: _is(cluster[FOURTH].node.topology.votes), seconds=30)
+    await eventually(lambda: _is(cluster[FOURTH].node.topology.votes))
 
 
 async def test_the_record_survives_a_restart_of_everybody(cluster: Cluster) -> None:
@@ -177,7 +177,7 @@ async def test_a_region_that_comes_back_with_its_disk_votes_only_once_it_has_wha
     row = await cluster[HOME].store.row(thread_id)
     assert row is not None
     await _retried(lambda: cluster[HOME].node.membership.add(THIRD, f"http://{THIRD}"))
-    await eventually(lambda: _is(THIRD in cluster[HOME].node.topology.voters), seconds=30)
+    await eventually(lambda: _is(THIRD in cluster[HOME].node.topology.voters))
     theirs = await cluster[THIRD].store.row(thread_id)
     assert theirs is not None and theirs.head_hash == row.head_hash
 

@@ -33,8 +33,8 @@ REGIONS = ("us-east", "eu-west", "ap-south")
 URLS = {region: f"http://{region}" for region in REGIONS}
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], *, seconds: float = 15.0, what: str = "") -> None:
-    """Wait until `condition` holds; fails after `seconds`."""
+async def eventually(condition: Callable[[], Awaitable[bool]], *, seconds: float = 60.0, what: str = "") -> None:
+    """Wait until `condition` holds; fails after `seconds`, which only a machine with much else to do comes near."""
     async with asyncio.timeout(seconds):
         while not await condition():
             await asyncio.sleep(0.005)

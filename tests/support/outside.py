@@ -148,7 +148,7 @@ def said(text: str, **more: Any) -> dict[str, Any]:
     return {"id": uuid.uuid4().hex, "role": "user", "content": text, **more}
 
 
-async def eventually(look: Callable[[], Awaitable[object]], *, what: str, seconds: float = 10.0) -> None:
+async def eventually(look: Callable[[], Awaitable[object]], *, what: str, seconds: float = 30.0) -> None:
     """Wait until `look` finds something true."""
     deadline = monotonic() + seconds
     while not await look():
