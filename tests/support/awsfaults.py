@@ -136,7 +136,10 @@ class AwsFaults:
                 return await self._partial(request, action, body)
             case _:
                 pass
-        answer = await self._pass_on(request, body)
+        try:
+            answer = await self._pass_on(request, body)
+        except aiohttp.ClientError:
+            return self._cut(request)  # as the AWS behind it did
         match harm:
             case "lost":
                 return self._cut(request)
