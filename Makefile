@@ -19,12 +19,13 @@ RECKONING := tests/simulation tests/contract tests/origin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-full lint bench simulate lock clean
+.PHONY: help install run test test-full test-aws lint bench simulate lock clean
 
 help:
 	@echo 'make run        three regions and their edges on loopback'
 	@echo 'make test       the test suite, at most 8 minutes'
 	@echo 'make test-full  the tests that take longer'
+	@echo 'make test-aws   those of them that need AWS, emulated here'
 	@echo 'make lint       ruff, pyright, import-linter'
 	@echo 'make simulate   schedules of faults on virtual time; N=how many, SEED=the first (N=1 replays one)'
 	@echo 'make bench      benchmarks beside their peers; ONLY=case for one'
@@ -39,6 +40,9 @@ run: install
 
 test: install
 	$(BIN)/python -m pytest -m "not full" -q --numprocesses=$(TESTERS) --dist=loadfile --no-loadscope-reorder --durations=10 $(ARGS)
+
+test-aws: install
+	$(BIN)/python -m pytest -m aws -q --durations=10 $(ARGS)
 
 test-full: install
 	$(BIN)/python -m pytest -m full -q --numprocesses=$(TESTERS) --dist=worksteal --durations=15 $(RECKONING) $(ARGS)

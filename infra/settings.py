@@ -129,6 +129,25 @@ BytesOrNone = Annotated[int, Meta(ge=0, le=1 << 40, description="a number of byt
 Count = Annotated[int, Meta(ge=1, le=1 << 31, description="a whole number, at least 1")]
 CountOrNone = Annotated[int, Meta(ge=0, le=1 << 31, description="a whole number, 0 or more")]
 Processes = Annotated[int, Meta(ge=1, le=256, description="a whole number from 1 to 256")]
+Attempts = Annotated[int, Meta(ge=1, le=100, description="a whole number from 1 to 100")]
+TableName = Annotated[
+    str,
+    Meta(pattern=r"\A[A-Za-z0-9_.-]{3,255}\Z", description="3 to 255 letters, digits, dashes, dots and underscores"),
+]
+BucketName = Annotated[
+    str,
+    Meta(
+        pattern=r"\A([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])?\Z",
+        description="3 to 63 lower-case letters, digits, dots and inner dashes, or nothing",
+    ),
+]
+QueuePrefix = Annotated[
+    str,
+    Meta(pattern=r"\A[A-Za-z0-9_-]{0,40}\Z", description="up to 40 letters, digits, dashes and underscores"),
+]
+AwsRegion = Annotated[
+    str, Meta(pattern=r"\A([a-z]{2,4}(-[a-z]+)+-[0-9]+)?\Z", description="an AWS region such as eu-west-1, or nothing")
+]
 PublicPrefix = Annotated[
     str,
     Meta(description="path prefixes that begin with / (never /api, /v1 or /peer)", extra={"parse": _public}),
@@ -157,11 +176,23 @@ class StoreSettings(Struct, frozen=True):
     engine: Literal["sqlite", "dynamodb"] = "sqlite"
     path: Path = Path("data")
     """The folder of SQLite's files and of bodies."""
-    table: Text = "weft-threads"
-    bucket: str = ""
-    queue_prefix: str = ""
-    aws_region: str = ""
+    table: TableName = "weft-threads"
+    bucket: BucketName = ""
+    queue_prefix: QueuePrefix = "weft-"
+    """Before `REGION-to-TARGET`, the names of the queues."""
+    aws_region: AwsRegion = ""
+    """Empty: from where AWS's own tools take it."""
     endpoint_url: OptionalUrl = ""
+    """Another address than AWS's own."""
+    kms_key: str = ""
+    """What objects are encrypted with; empty: as the bucket says."""
+    aws_connect_s: Seconds = 2.0
+    aws_read_s: Seconds = 10.0
+    aws_call_s: Seconds = 20.0
+    """One call with all its attempts."""
+    aws_attempts: Attempts = 4
+    aws_connections_max: Count = 64
+    """Of each AWS service."""
     readers: Processes = 4
     """Connections that read; one more writes."""
     queue_max: Count = 4096
@@ -306,6 +337,8 @@ def _agree(settings: Settings, source: str) -> None:
             f"{FAILOVER_LEASES_MIN} leases of {LEASE_HEARTBEATS} times sync.heartbeat_s ({sync.heartbeat_s:g}) each, "
             "so that a holder knows that it is silent before it is replaced"
         )
+    if settings.store.engine == "dynamodb" and not settings.store.bucket:
+        raise SettingsError(f"{source}: store.bucket is required with store.engine 'dynamodb'; allowed: an S3 bucket")
     for index, issuer in enumerate(settings.auth.issuers):
         if bool(issuer.jwks_url) == (issuer.jwks_file is not None):
             raise SettingsError(f"{source}: auth.issuers[{index}] needs one of jwks_url and jwks_file")

@@ -25,7 +25,7 @@ from infra.development import DataFolder, NoCluster
 from infra.identity import IdentityKeyError, load_peer_key
 from infra.settings import Settings, SettingsError, host_port
 from origin.store.sqlite import SchemaTooNew, check_schema
-from regions.operator import SECONDS_MAX, Operated, Seen, look
+from regions.operator import SECONDS_MAX, Operated, QueueStatus, Seen, look
 from regions.status import Group, groups_of
 from regions.topology import Topology, TopologyError
 
@@ -227,6 +227,18 @@ def _examine_replication(name: str, seen: Seen) -> Iterator[Finding]:
             yield Finding(check, "warning", detail, f"see the log of {name} for what holds it up")
         else:
             yield Finding(check, "ok", f"{link.backlog_threads} threads wait")
+        if link.queue is not None:
+            yield _examine_queue(f"queue {name} to {peer}", link.queue)
+
+
+def _examine_queue(check: str, queue: QueueStatus) -> Finding:
+    if queue.fault:
+        fix = "see `weft doctor --config` of that region; until then each of its servers sends all that is owed"
+        return Finding(check, "failed", queue.fault, fix)
+    if queue.dead:
+        fix = "see the region's log for why they were given up, then `weft repair --redrive`"
+        return Finding(check, "warning", f"{queue.dead} messages were given up (what they say stays owed)", fix)
+    return Finding(check, "ok", f"{queue.waiting + queue.leased} messages")
 
 
 async def _examine_tokens(folder: DataFolder, seen: list[Seen]) -> list[Finding]:

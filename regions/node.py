@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
 import msgspec
 
 from infra.clock import Clock
+from infra.queues import LeaseQueue
 from origin.feed import Feed
 from origin.store import base, replication
 from origin.writer import QUEUE_DEADLINE_S, QUEUE_MAX, BatchedWriter, Engine
@@ -35,10 +36,14 @@ from regions.replication_target import ReplicationLimits
 from regions.replicator import Replicator
 from regions.tails import Tails
 from regions.topology import Topology
+from regions.work import QueuedWork, Work
 
 TRIM_SECONDS: Final = 60.0
 KEYS_KEPT_S: Final = 24 * 3600
 """How long an Idempotency-Key is remembered."""
+
+Queues = Callable[[str], LeaseQueue]
+"""The queue for a target."""
 
 _logger = logging.getLogger(__name__)
 
@@ -86,8 +91,13 @@ async def open_node(
     clock: Clock,
     rng: random.Random,
     limits: NodeLimits,
+    queues: Queues | None = None,
 ) -> AsyncGenerator[Node]:
-    """Start every part over an open `engine`; stop and flush them at the end. The engine stays open."""
+    """Start every part over an open `engine`; stop and flush them at the end. The engine stays open.
+
+    `queues`: the queue of the work for each target, which several servers of this region share; None: this is its only
+    one.
+    """
     async with AsyncExitStack() as stack:
         writer = BatchedWriter(
             engine, queue_max=limits.queue_max, queue_deadline_s=limits.queue_deadline_s, clock=clock
@@ -98,6 +108,11 @@ async def open_node(
         await feed.start()
         stack.push_async_callback(feed.stop)
         followers = Followers(feed, clock, lease_s=limits.edge_lease_s)
+
+        def works(target: str) -> Work:
+            assert queues is not None
+            return QueuedWork(target, engine, queues(target), clock=clock, rng=rng)
+
         replicator = Replicator(
             topology=topology,
             log=engine,
@@ -106,6 +121,7 @@ async def open_node(
             clock=clock,
             rng=rng,
             limits=limits.replication,
+            works=works if queues is not None else None,
         )
 
         healing = Healing(

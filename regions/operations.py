@@ -191,6 +191,7 @@ class RepairAnswer(msgspec.Struct, frozen=True):
     compared: tuple[Compared, ...]
     faults: dict[str, str]
     unparked: int
+    redriven: int = 0
 
 
 @dataclass(slots=True)
@@ -223,22 +224,24 @@ class Scrubbed:
 
 @click.command("repair")
 @click.option("--scrub", is_flag=True, help="First recompute all that each region stores, and mend what has rotted.")
+@click.option("--redrive", is_flag=True, help="First take back what went to the queues' dead letters.")
 @data_option
 @config_option
 @json_option
-def repair_command(scrub: bool, data: Path, config: Path | None, as_json: bool) -> None:
+def repair_command(scrub: bool, redrive: bool, data: Path, config: Path | None, as_json: bool) -> None:
     """Compare every group at every region now, send again what differs, and try parked threads once more.
 
     Regions do so by themselves, if less eagerly. OFFERED threads are sent again, DISOWNED ones were unknown to their
     holder and come back to it, DAMAGED ones do not hang together at the region that holds them and are sent to
     nobody. With --scrub, what has rotted in one region is mended with what another has whole; what none has stays
-    damaged and is not served. Exit status: 0, 1 when something remains damaged or a region or comparison failed,
+    damaged and is not served. Where regions share their work by queues, --redrive sends the dead letters back (see DEAD
+    in `weft status`). Exit status: 0, 1 when something remains damaged or a region or comparison failed,
     2 for misuse.
 
     Example: weft repair --scrub
     """
     try:
-        done = asyncio.run(_repair(Operated.of(DataFolder(data), config), scrub=scrub))
+        done = asyncio.run(_repair(Operated.of(DataFolder(data), config), scrub=scrub, redrive=redrive))
     except (NoCluster, IdentityKeyError) as error:
         fail(str(error))
     if as_json:
@@ -252,7 +255,7 @@ def repair_command(scrub: bool, data: Path, config: Path | None, as_json: bool) 
         fail(f"{faults} regions or comparisons failed")
 
 
-async def _repair(cluster: Operated, *, scrub: bool) -> list[Repaired]:
+async def _repair(cluster: Operated, *, scrub: bool, redrive: bool) -> list[Repaired]:
     done = [Repaired(place.name) for place in cluster.places]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         async with Operator(cluster) as operator:
@@ -281,7 +284,7 @@ async def _repair(cluster: Operated, *, scrub: bool) -> list[Repaired]:
                         progress.update(task, description=f"{place.name}: comparing", total=None)
                     # Behind the scrub: what it mended is sent again.
                     into.answer = await operator.post(
-                        place, "/peer/repair", {}, RepairAnswer, seconds_max=REPAIR_SECONDS_MAX
+                        place, "/peer/repair", {"redrive": redrive}, RepairAnswer, seconds_max=REPAIR_SECONDS_MAX
                     )
                 except RegionFault as error:
                     into.fault = str(error)
@@ -311,6 +314,9 @@ def _print_repaired(done: Sequence[Repaired]) -> None:
     unparked = sum(it.answer.unparked for it in done if it.answer is not None)
     if unparked:
         click.echo(f"{unparked:,} parked threads are tried again")
+    redriven = sum(it.answer.redriven for it in done if it.answer is not None)
+    if redriven:
+        click.echo(f"{redriven:,} dead letters are back in their queues")
     for it in done:
         for one in it.answer.compared if it.answer is not None else ():
             for thread_id in one.damaged:

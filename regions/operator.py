@@ -50,6 +50,15 @@ class RegionFault(Exception):
         self.clock_s = clock_s
 
 
+class QueueStatus(msgspec.Struct, frozen=True):
+    """How the queue stands that servers of one region share their work for a peer by."""
+
+    waiting: int = 0
+    leased: int = 0
+    dead: int = 0
+    fault: str = ""
+
+
 class PeerStatus(msgspec.Struct, frozen=True):
     """How replication to one peer stands."""
 
@@ -60,6 +69,7 @@ class PeerStatus(msgspec.Struct, frozen=True):
     oldest_s: float = 0.0
     parked: int = 0
     last_error: str | None = None
+    queue: QueueStatus | None = None
 
 
 class GroupStatus(msgspec.Struct, frozen=True):

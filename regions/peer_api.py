@@ -29,6 +29,7 @@ from infra.identity import (
 )
 from infra.pool import PoolStatistics
 from infra.problem import Problem, problem_response
+from infra.queues import QueueFault
 from infra.server import Lifecycle
 from infra.trace import current_trace_id
 from origin.feed import Hello, feed_line
@@ -68,6 +69,12 @@ class PromoteAsked(msgspec.Struct, frozen=True):
     group: str
     graceful: bool = False
     force: bool = False
+
+
+class RepairAsked(msgspec.Struct, frozen=True):
+    """Of `POST /peer/repair`."""
+
+    redrive: bool = False
 
 
 class MembersAsked(msgspec.Struct, frozen=True):
@@ -224,7 +231,7 @@ class PeerApi:
             "damaged_threads": dict(list(log.damaged.items())[:DAMAGED_SHOWN_MAX]),
             "repair": _plain(node.repair.statistics()),
             "scrub": _plain(self._scrubbing.statistics()),
-            "peers": statistics_json(node.replicator.statistics(), backlogs),
+            "peers": statistics_json(node.replicator.statistics(), backlogs, await node.replicator.queues()),
             "writer": _plain(node.writer.statistics()),
             "edges": _plain(node.followers.statistics()),
             "notices": _plain(node.notices.statistics()),
@@ -281,19 +288,27 @@ class PeerApi:
         return self._json(caller, announced)
 
     async def _repair(self, request: web.Request) -> web.Response:
-        """Compare every group held here with every peer, at once, and release parked threads."""
+        """Compare every group held here with every peer, at once, and release parked threads; with `redrive`, take
+        dead letters back first."""
         caller = self._caller(request, "operator")
-        unparked = await self._node.writer.submit(replication.Unpark(None))
-        self._node.replicator.look_again()
+        asked = await _decoded(request, RepairAsked)
         compared: list[object] = []
         faults: dict[str, str] = {}
+        redriven = 0
+        if asked.redrive:
+            try:
+                redriven = await self._node.replicator.redrive()
+            except QueueFault as error:
+                faults["redrive"] = str(error)
+        unparked = await self._node.writer.submit(replication.Unpark(None))
+        self._node.replicator.look_again()
         for group in sorted(group for group in self._log.groups if self._log.is_holder(group)):
             for peer in self._topology.peers:
                 try:
                     compared.append(_plain(await self._node.repair.compare(group, peer, at_once=True)))
                 except (PeerUnreachable, PeerRefused, StoreError) as error:
                     faults[f"{group} at {peer}"] = str(error)
-        return self._json(caller, {"compared": compared, "faults": faults, "unparked": unparked})
+        return self._json(caller, {"compared": compared, "faults": faults, "unparked": unparked, "redriven": redriven})
 
     async def _scrub(self, request: web.Request) -> web.StreamResponse:
         """Recompute all that is stored here, at once, and mend what can be: lines of JSON, each with what was gone

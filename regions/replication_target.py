@@ -2,8 +2,8 @@
 
 A commit wakes the worker; it sends deltas (entries behind what the target confirmed), many threads a
 request, several requests in flight, one thread in at most one of them. Memory is a bounded shortcut to the
-outbox table, rebuilt from it after a restart, an outage or an overflow. A thread that the target won't take is
-tried again later and later, then parked alone. Who waits for confirmations is the replicator's business.
+outbox table, rebuilt from it (`regions.work`) after a restart, an outage or an overflow. A thread that the target
+won't take is tried again later and later, then parked alone. Who waits for confirmations is the replicator's business.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from origin.thread import Entry
 from regions.peer_client import PeerRefused, PeerTransport, PeerUnreachable
 from regions.peer_wire import Fault, Hello, HelloAnswer, Replicate, ReplicateAnswer, stamp
 from regions.topology import Topology, same_members
+from regions.work import Work
 
 DIRTY_THREADS_MAX: Final = 4_096
 TAIL_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -127,6 +128,7 @@ class Target:
         rng: random.Random,
         limits: ReplicationLimits,
         confirm: Callable[[str, str, int], None],
+        work: Work,
     ) -> None:
         self.region = region
         self._topology = topology
@@ -137,6 +139,7 @@ class Target:
         self._rng = rng
         self._limits = limits
         self._confirm = confirm
+        self.work = work
         self._breaker = Breaker(BREAKER_FAILURES, limits.heartbeat_s, clock)
         self._dirty: OrderedDict[str, _Dirty] = OrderedDict()
         self._tail_bytes = 0
@@ -166,14 +169,17 @@ class Target:
             asyncio.create_task(self._heartbeats(), name=f"heartbeats to {self.region}"),
             asyncio.create_task(self._sweeps(), name=f"sweep for {self.region}"),
         ]
+        self.work.start(self)
         self._wake.set()
 
     async def close(self) -> None:
+        unsent = self.held()  # with what is on its way: cut off now, nobody sees its answer
         tasks = [*self._tasks, *self._flights, *(task for task in (self._flushing, self._greeting) if task)]
         self._tasks = []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.work.close(unsent)
 
     @property
     def reachable(self) -> bool:
@@ -194,7 +200,22 @@ class Target:
         acked = self._acked.get(thread_id)
         return acked.v if acked is not None else 0
 
+    @property
+    def able(self) -> bool:
+        """Whether anything can be sent now, as far as is known."""
+        return self.reachable and self._breaker.state == "closed"
+
+    def holds(self, thread_id: str) -> bool:
+        return thread_id in self._dirty or thread_id in self._flying or thread_id in self._acked
+
+    def held(self) -> frozenset[str]:
+        return frozenset(self._flying).union(self._dirty, self._acked)
+
     def look_again(self) -> None:
+        self.work.look_again()
+        self.take_again()
+
+    def take_again(self) -> None:
         self._more = True
         self._wake.set()
 
@@ -227,7 +248,7 @@ class Target:
         dirty = self._dirty.get(thread_id)
         if dirty is None:
             if len(self._dirty) >= DIRTY_THREADS_MAX:
-                self._more = True
+                self.look_again()
                 return
             dirty = _Dirty(
                 acked_v=written.base_v,
@@ -279,7 +300,7 @@ class Target:
             dirty.want_v = max(dirty.want_v, newer.want_v)
             self._drop_tail(newer)
         elif len(self._dirty) >= DIRTY_THREADS_MAX:
-            self._more = True
+            self.look_again()
             return
         dirty.tail = None
         self._dirty[thread_id] = dirty
@@ -291,18 +312,14 @@ class Target:
         self._more = False
         if self._flushing is not None:
             await asyncio.wait([self._flushing])
-        rows = await self._log.outbox(
-            self.region,
-            due_before=self._clock.time(),
-            limit=DIRTY_THREADS_MAX,
-            skip=frozenset(self._flying | self._dirty.keys()),
-        )
-        for row in rows:
+        room = DIRTY_THREADS_MAX - len(self._dirty)
+        owed, more = await self.work.take(room, frozenset(self._flying | self._dirty.keys()))
+        for it in owed:
             if len(self._dirty) >= DIRTY_THREADS_MAX:
                 break
-            if row.thread_id not in self._dirty and row.thread_id not in self._flying:
-                self._dirty[row.thread_id] = _Dirty(row.acked_v, row.want_v, b"", None, "", attempts=row.attempts)
-        if len(rows) >= DIRTY_THREADS_MAX:
+            if it.thread_id not in self._dirty and it.thread_id not in self._flying:
+                self._dirty[it.thread_id] = _Dirty(it.acked_v, it.want_v, b"", None, "", attempts=it.attempts)
+        if more:
             self._more = True
 
     # ------------------------------------------------------------ sending
@@ -354,7 +371,7 @@ class Target:
     def _landed(self, flight: asyncio.Task[None]) -> None:
         self._flights.discard(flight)
         if not flight.cancelled() and (error := flight.exception()) is not None:
-            self._more = True
+            self.look_again()
             self._last_error = f"{type(error).__name__}: {error}"
             _logger.error("a replication request to %s failed oddly", self.region, exc_info=error)
         self._wake.set()
@@ -386,6 +403,7 @@ class Target:
                 self._put_back(thread_id, dirty)
         finally:
             self._flying -= batch.keys()
+            self.work.settled()
 
     async def _delta(self, thread_id: str, dirty: _Dirty) -> ThreadDelta | None:
         """The entries the target lacks, from memory where they still are, with the access they change."""
@@ -544,10 +562,11 @@ class Target:
                     if self._acked.get(thread_id) is it:
                         del self._acked[thread_id]
                 self._settled.set()
+                self.work.settled()
         except base.StoreError as error:
             self._last_error = str(error)
             self._acked.clear()
-            self._more = True
+            self.look_again()
         finally:
             self._flushing = None
 
@@ -652,7 +671,7 @@ class Target:
             return
         if answer.incarnation > known_incarnation:
             await self._submit(replication.MeetPeer(self.region, answer.incarnation))
-            self._more = True
+            self.look_again()
         was_away = not self.reachable
         heard = Heard(
             sent_at=sent_at,
@@ -669,7 +688,7 @@ class Target:
             self.heard = heard
         if was_away or self._breaker.state != "closed":
             self._breaker.success()
-            self._more = True
+            self.look_again()
         self._last_error = None
         if self._more or self._dirty:
             self._wake.set()
@@ -680,7 +699,8 @@ class Target:
         """The safety net: whatever was forgotten in memory is found in the outbox again."""
         while True:
             await self._clock.sleep(SWEEP_SECONDS * self._rng.uniform(0.9, 1.1))
-            self.look_again()
+            self.work.sweep()
+            self.take_again()
 
 
 def _knows(record: replication.Record, region: str) -> bool:

@@ -10,18 +10,24 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from infra.clock import Clock
+from infra.queues import QueueFault, QueueState
 from origin.store import base, replication
 from origin.store.replication import ReplicaLog
 from origin.thread import Entry
 from regions.peer_client import PeerTransport
 from regions.replication_target import Heard, ReplicationLimits, Submit, Target, TargetStatistics
 from regions.topology import Topology
+from regions.work import OutboxWork, Works
 
 RECORD_LOOK_S: Final = 0.05
 """Between two looks at whether a removal counts."""
+
+QUEUE_SECONDS_MAX: Final = 2.0
+"""Who asks how a region is does not wait longer for how its queues are."""
 
 
 class _Waiter:
@@ -54,7 +60,9 @@ class Replicator:
         clock: Clock,
         rng: random.Random,
         limits: ReplicationLimits | None = None,
+        works: Works | None = None,
     ) -> None:
+        """`works`: how the work for each target is found; None: all of the outbox is this process' to send."""
         self._topology = topology
         self._log = log
         self._submit = submit
@@ -62,6 +70,7 @@ class Replicator:
         self._clock = clock
         self._rng = rng
         self._limits = limits or ReplicationLimits()
+        self._works: Works = works or partial(OutboxWork, log=log, clock=clock)
         self._waiters: dict[str, list[_Waiter]] = {}
         self._record_counted = (0, 0)
         """The newest record that is known to count."""
@@ -88,6 +97,7 @@ class Replicator:
             rng=self._rng,
             limits=self._limits,
             confirm=self._confirm,
+            work=self._works(region),
         )
         target.greeted.append(self._greeted)
         for tell in self._on_target:
@@ -252,6 +262,25 @@ class Replicator:
     def statistics(self) -> dict[str, TargetStatistics]:
         return {region: target.statistics() for region, target in self.targets.items()}
 
+    async def queues(self) -> dict[str, QueueState | str]:
+        """How the queue for each target stands, or why it can't be told; nothing for those without one."""
+
+        async def ask(region: str, target: Target) -> tuple[str, QueueState | str | None]:
+            try:
+                async with asyncio.timeout(QUEUE_SECONDS_MAX):
+                    return region, await target.work.state()
+            except QueueFault as error:
+                return region, str(error)
+            except TimeoutError:
+                return region, f"no answer in {QUEUE_SECONDS_MAX:g} s"
+
+        asked = await asyncio.gather(*(ask(region, target) for region, target in self.targets.items()))
+        return {region: state for region, state in asked if state is not None}
+
+    async def redrive(self) -> int:
+        """Take dead letters back into their queues; how many. Raises QueueFault."""
+        return sum([await target.work.redrive() for target in list(self.targets.values())])
+
     def _confirm(self, target: str, thread_id: str, v: int) -> None:
         for waiter in self._waiters.get(thread_id, ()):
             waiter.hold(target, v)
@@ -265,7 +294,9 @@ class Replicator:
 
 
 def statistics_json(
-    statistics: Mapping[str, TargetStatistics], backlogs: Mapping[str, replication.Backlog]
+    statistics: Mapping[str, TargetStatistics],
+    backlogs: Mapping[str, replication.Backlog],
+    queues: Mapping[str, QueueState | str],
 ) -> dict[str, object]:
     """Peers as `GET /peer/status` shows them."""
     return {
@@ -282,6 +313,13 @@ def statistics_json(
             "entries_sent_total": seen.entries_sent_total,
             "bytes_sent_total": seen.bytes_sent_total,
             "failures_total": seen.failures_total,
+            **({"queue": _queue_json(queues[region])} if region in queues else {}),
         }
         for region, seen in statistics.items()
     }
+
+
+def _queue_json(queue: QueueState | str) -> dict[str, object]:
+    if isinstance(queue, str):
+        return {"fault": queue}
+    return {"waiting": queue.waiting, "leased": queue.leased, "dead": queue.dead}

@@ -153,7 +153,12 @@ def _print_status(seen: Sequence[Seen], groups: Sequence[Group]) -> None:
         for peer, link in (status.peers if status else {}).items():
             state = link.breaker if link.reachable else "unreachable"
             error = link.last_error or "-"
-            links.append((name, peer, link.backlog_threads, f"{link.oldest_s:.1f} s", link.parked, state, error))
+            queue = link.queue
+            counted = (queue.waiting + queue.leased, queue.dead) if queue and not queue.fault else (None, None)
+            if queue is not None and queue.fault:
+                error = f"queue: {queue.fault}"
+            lag = f"{link.oldest_s:.1f} s"
+            links.append((name, peer, link.backlog_threads, lag, link.parked, *counted, state, error))
     columns = ("REGION", "STATE", "STANDING", "EDGE", "THREADS", "ENTRIES", "HOLDS", "RECOVERING", "SAVED", "BURIED",
                "FOLLOWERS", "FAULT")  # fmt: skip
     optional = ("ENTRIES", "HOLDS", "STANDING", "FOLLOWERS", "BURIED", "RECOVERING", "SAVED")
@@ -164,7 +169,12 @@ def _print_status(seen: Sequence[Seen], groups: Sequence[Group]) -> None:
         print_table(("GROUP", "HOLDER", "EPOCH", "LEASE", "NOTE"), rows, flexible="NOTE")
     if links:
         click.echo()
-        print_table(("FROM", "TO", "BACKLOG", "LAG", "PARKED", "LINK", "LAST ERROR"), links, flexible="LAST ERROR")
+        columns = ["FROM", "TO", "BACKLOG", "LAG", "PARKED", "QUEUED", "DEAD", "LINK", "LAST ERROR"]
+        if not any(link.queue for each in seen if each.status is not None for link in each.status.peers.values()):
+            # One server serves each of these regions: there is nothing to share.
+            columns[5:7] = ()
+            links = [(*link[:5], *link[7:]) for link in links]
+        print_table(columns, links, flexible="LAST ERROR")
     for each in seen:
         if each.status is not None and each.status.scrub.damaged:
             scrub = each.status.scrub

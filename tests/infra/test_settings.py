@@ -124,6 +124,13 @@ def test_a_path_may_begin_at_home(write: Write, monkeypatch: pytest.MonkeyPatch)
         ),
         ('[store]\nreaders = "4"', "weft.toml: store.readers is '4'; allowed: a whole number from 1 to 256"),
         ('[store]\nengine = "mysql"', "weft.toml: store.engine is 'mysql'; allowed: sqlite, dynamodb"),
+        ('[store]\nbucket = "My_Bucket"', "weft.toml: store.bucket is 'My_Bucket'; allowed: 3 to 63 lower-case"),
+        ('[store]\ntable = "a b"', "weft.toml: store.table is 'a b'; allowed: 3 to 255 letters"),
+        ('[store]\naws_region = "mars"', "weft.toml: store.aws_region is 'mars'; allowed: an AWS region such as"),
+        (
+            '[store]\nengine = "dynamodb"',
+            "weft.toml: store.bucket is required with store.engine 'dynamodb'; allowed: an S3 bucket",
+        ),
         ('[store]\npath = ""', "weft.toml: store.path is ''; allowed: a path"),
         ("store = 3", "weft.toml: store is 3; allowed: a table"),
         ('[sync]\ndurability = "most"', "weft.toml: sync.durability is 'most'; allowed: region, quorum, all"),
@@ -199,6 +206,7 @@ def test_variables_override_the_file_and_take_the_type_of_their_key(write: Write
         {
             "WEFT__REGION": "eu-west",
             "WEFT_STORE__ENGINE": "dynamodb",
+            "WEFT_STORE__BUCKET": "weft-bodies",
             "WEFT_STORE__READERS": "8",
             "WEFT_SYNC__HEARTBEAT_S": "0.25",
             "WEFT_REGIONS__EU_WEST__URL": "https://eu.example",

@@ -23,7 +23,7 @@ from infra import settings
 from infra.development import DataFolder
 from infra.identity import IDENTITY_HEADER, SERVER_IDENTITY_HEADER, IdentitySigner, IdentityVerifier, load_peer_key
 from origin.store.sqlite import DATABASE
-from regions import local, operator
+from regions import doctor, local, operator, status
 from regions.commands import doctor_command, token_command, up_command
 from regions.doctor import Finding, examine
 from regions.local import Plan
@@ -254,6 +254,29 @@ async def test_a_region_of_another_cluster_is_not_believed(plan: Plan, tmp_path:
         region.signer = IdentitySigner(load_peer_key(plan.folder.peer_key), "region:eu-west")
         (seen,) = await operator.look(Operated((Place("us-east", region.url),), plan.folder.peer_key))
     assert seen.status is None and "region:eu-west answers at its address" in seen.region_fault
+
+
+async def test_status_and_the_doctor_show_how_the_queues_stand(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    local.write_files(plan, {})
+    key = plan.folder.peer_key
+    async with FakeRegion(key) as region:
+        cluster = Operated((Place("us-east", region.url),), key)
+        for queue, shown, level in (
+            (None, "eu-west       2  0.5 s       0  closed  -", None),
+            ({"waiting": 3, "leased": 4, "dead": 0}, "eu-west        2  0.5 s       0       7     0  closed  -", "ok"),
+            ({"waiting": 0, "leased": 0, "dead": 5}, "0     5  closed  -", "warning"),
+            ({"fault": "sqs:GetQueueUrl on q: gone"}, "-  -     closed  queue: sqs:GetQueueUrl on q: gone", "failed"),
+        ):
+            region.answer["peers"]["eu-west"]["queue"] = queue
+            seen = await operator.look(cluster)
+            status._print_status(seen, [])
+            out = capsys.readouterr().out
+            assert " ".join(shown.split()) in " ".join(out.split()), out
+            assert ("DEAD" in out) == (queue is not None)
+            found = [it for each in seen for it in doctor._examine_region(each) if it.check.startswith("queue")]
+            assert [it.level for it in found] == ([level] if level else [])
+            if level == "warning":
+                assert "weft repair --redrive" in found[0].fix
 
 
 async def test_a_region_that_is_not_there_is_an_answer(plan: Plan) -> None:

@@ -24,14 +24,16 @@ from infra.identity import (
     Principal,
     write_peer_key,
 )
+from infra.queues import QueueFault, QueueState
 from infra.server import Lifecycle
 from origin.store.replication import GroupRow
 from regions import peer_client
-from regions.app import open_region, region_app
+from regions.app import Region, open_region, region_app
 from regions.notices import Notices
 from regions.peer_client import HttpPeers, PeerRefused, PeerUnreachable
 from regions.peer_wire import DIGEST_HEADER, Hello, HelloAnswer, content_digest
 from regions.topology import Topology
+from regions.work import Work
 from tests.support.linkproxy import link_proxy
 
 Client = TestClient[web.Request, web.Application]
@@ -50,17 +52,22 @@ peer_key_file = "peer.key"
 
 
 @pytest.fixture
-async def region(tmp_path: Path) -> AsyncIterator[Client]:
+async def running(tmp_path: Path) -> AsyncIterator[tuple[Region, Client]]:
     """The region server us-east, alone: its peer does not answer."""
     (tmp_path / "weft.toml").write_text(SETTINGS)
     write_peer_key(tmp_path / "peer.key")
     loaded = settings.load(tmp_path / "weft.toml", {})
     lifecycle = Lifecycle()
     async with (
-        open_region(loaded, lifecycle=lifecycle) as running,
-        TestClient(TestServer(region_app(running, loaded, lifecycle))) as client,
+        open_region(loaded, lifecycle=lifecycle) as opened,
+        TestClient(TestServer(region_app(opened, loaded, lifecycle))) as client,
     ):
-        yield client
+        yield opened, client
+
+
+@pytest.fixture
+def region(running: tuple[Region, Client]) -> Client:
+    return running[1]
 
 
 @pytest.fixture
@@ -367,3 +374,53 @@ async def test_those_who_follow_forget_all_when_a_group_moves(
         # What is revoked is told anew after each hello: an edge answers nobody before it knows.
         behind = [line["type"] for line in lines].index("hello")
         assert "notices" in [line["type"] for line in lines[behind:]]
+
+
+class QueuedBy:
+    """A `Work` whose queue has dead letters, until they are sent back."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self.queue = QueueState(1, 2, 3)
+        self.fault = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+    async def state(self) -> QueueState:
+        if self.fault:
+            raise QueueFault(self.fault)
+        return self.queue
+
+    async def redrive(self) -> int:
+        if self.fault:
+            raise QueueFault(self.fault)
+        moved, self.queue = self.queue.dead, QueueState(4, 2, 0)
+        return moved
+
+
+async def test_an_operator_sees_queues_and_sends_dead_letters_back(
+    running: tuple[Region, Client], signer: IdentitySigner, tmp_path: Path
+) -> None:
+    region, client = running
+    target = region.node.replicator.targets["eu-west"]
+    target.work = work = QueuedBy(target.work)
+    operator = IdentitySigner(write_peer_key(tmp_path / "peer.key"), "operator:weft")
+    headers = {IDENTITY_HEADER: operator.service_token("region:us-east")}
+
+    async def queue() -> Any:
+        async with client.get("/peer/status", headers=headers) as answer:
+            return (await answer.json())["peers"]["eu-west"]["queue"]
+
+    async def repair(**asked: bool) -> Any:
+        async with client.post("/peer/repair", json=asked, headers=headers) as answer:
+            return await answer.json()
+
+    assert await queue() == {"waiting": 1, "leased": 2, "dead": 3}
+    assert (await repair())["redriven"] == 0
+    assert (await repair(redrive=True))["redriven"] == 3
+    assert (await queue())["dead"] == 0
+    work.fault = "sqs:GetQueueUrl on q: gone"
+    assert await queue() == {"fault": work.fault}
+    answer = await repair(redrive=True)
+    assert (answer["redriven"], answer["faults"]["redrive"]) == (0, work.fault)

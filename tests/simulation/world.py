@@ -28,6 +28,7 @@ from regions.topology import Topology, same_members
 from tests.simulation.disk import Medium, MemoryMedium, Moods, SimDisk, SqliteMedium
 from tests.simulation.loop import Place, SimClock, SimLoop, Trace
 from tests.simulation.network import Network
+from tests.simulation.queues import SimQueue
 
 REGIONS: Final = ("us-east", "eu-west", "ap-south", "sa-east", "af-south", "me-south", "ca-west")
 """A schedule begins with the first three or five; those behind them may be added while it runs."""
@@ -38,6 +39,8 @@ LIMITS: Final = NodeLimits(
     repair_every_s=10.0,
     queue_deadline_s=2.0,
 )
+
+QUEUED_CHANCE: Final = 0.3
 
 T = TypeVar("T")
 
@@ -76,6 +79,7 @@ class SimRegion:
         self.down = True
         """Neither up nor starting."""
         self._kept: list[object] = []
+        self._queues: dict[str, SimQueue] = {}
 
     def __repr__(self) -> str:
         return f"<SimRegion {self.name} {'up' if self.node else 'down'} boot {self.boots}>"
@@ -118,6 +122,7 @@ class SimRegion:
             clock=self.clock,
             rng=rng,
             limits=world.limits,
+            queues=self._queue if world.queued else None,
         )
         self._kept.append(opened)
         try:
@@ -125,6 +130,14 @@ class SimRegion:
         except base.StoreError:
             world.counts["failed start"] += 1
             self.crash_soon(0.1)  # the process ends, and its supervisor starts another
+
+    def _queue(self, target: str) -> SimQueue:
+        name = f"{self.name}-to-{target}"
+        if name not in self._queues:
+            world = self.world
+            rng = random.Random(f"{world.seed}/queues/{name}")
+            self._queues[name] = SimQueue(name, SimClock(world.loop), rng, world.trace, world.counts)
+        return self._queues[name]
 
     def crash(self) -> None:
         """The process is gone, at whatever it was doing; its disk stays as it is."""
@@ -202,6 +215,8 @@ class World:
         self.counts: Counter[str] = Counter()
         self.violations: list[str] = []
         self.limits = LIMITS
+        self.queued = random.Random(f"{seed}/queued").random() < QUEUED_CHANCE
+        """Whether regions find what they owe by queues, as several servers of one would."""
         self.founders = REGIONS[:regions]
         self.urls = {name: f"http://{name}" for name in self.founders}
         self._engine = engine
