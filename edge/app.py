@@ -26,6 +26,7 @@ from edge.auth import REALM, AuthProblem, TokenVerifier, TrustedIssuer, Verified
 from edge.balancer import Balancer
 from edge.cache import HttpCache
 from edge.coherent import ENTRY_BYTES_MAX, REPEAT, Ask, Coherent, Fetched
+from edge.connections import Connections, OriginBroken
 from edge.fastpath import OFFER, Memo, Offer
 from edge.feed import Feed
 from edge.headers import CACHE_STATUS, POSITION_HEADER, for_client, for_fill, for_origin, position_of
@@ -35,7 +36,6 @@ from edge.notices import TOKEN, EdgeNotices
 from edge.paths import Access, PathRules
 from edge.proxy import (
     SAFE_METHODS,
-    OriginBroken,
     Presence,
     Proxy,
     Upstream,
@@ -112,9 +112,12 @@ class Edge:
             memo = Memo(self.metrics, size_bytes_max=edge.fastpath_bytes_max, clock=clock)
         self.wire = Wire(WireLimits.of(edge), self.metrics, memo=memo, clock=clock)
         self._session = make_session()
+        self._connections = Connections()
         self.balancer = Balancer(origins, clock=clock)
         self.presence = Presence()
-        self._upstream = Upstream(self._session, self.balancer, self.metrics, headers_timeout_s=edge.origin_timeout_s)
+        self._upstream = Upstream(
+            self._connections, self.balancer, self.metrics, headers_timeout_s=edge.origin_timeout_s
+        )
         self._proxy = Proxy(self._upstream, self.presence, body_bytes_max=self._body_bytes_max)
         self.streams = SharedStreams(self._upstream, self.presence, self.metrics)
         self.cache = HttpCache(
@@ -250,6 +253,7 @@ class Edge:
         """Idempotent."""
         await self.streams.close()
         await self.cache.close()
+        self._connections.close()
         await self._session.close()
 
     async def _authenticate(self, request: web.Request) -> VerifiedToken:

@@ -37,10 +37,10 @@ from edge.cache_policy import (
 )
 from edge.cache_status import Reason
 from edge.cache_store import Key, Partition, Store
+from edge.connections import OriginBroken
 from edge.headers import CACHE_STATUS, for_client
 from edge.proxy import (
     SAFE_METHODS,
-    OriginBroken,
     Presence,
     Proxy,
     Upstream,

@@ -16,7 +16,6 @@ from collections.abc import Callable, Coroutine, Hashable
 from contextlib import AsyncExitStack, suppress
 from typing import Any, Final, TypeAlias, TypeVar
 
-import aiohttp
 import msgspec
 from aiohttp import web
 from multidict import CIMultiDict
@@ -26,7 +25,8 @@ from edge.cache_control import RequestDirectives
 from edge.cache_fill import Abandoned, Begun, Failed, Fill, Handed, Outcome, Whole
 from edge.cache_policy import ERROR_STATUSES, Exchange, Kept, confirms, for_keeping, freshened, kept_answer, may_keep
 from edge.cache_store import Key, Store
-from edge.proxy import ONE_WRITE_BYTES_MAX, OriginBroken, Upstream, broken_off, is_event_stream
+from edge.connections import Answer, OriginBroken
+from edge.proxy import ONE_WRITE_BYTES_MAX, Upstream, broken_off, is_event_stream
 from infra.clock import Clock
 from infra.metrics import Metrics
 from infra.problem import Problem
@@ -200,9 +200,7 @@ class Fetches:
             fill.task = self._run(self._pump(fill, ask.key, stack.pop_all(), answer, made, first))
             return Begun(made, length)
 
-    def _confirmed(
-        self, fill: Fill, ask: Ask, kept: Kept, answer: aiohttp.ClientResponse, exchange: Exchange
-    ) -> Whole | None:
+    def _confirmed(self, fill: Fill, ask: Ask, kept: Kept, answer: Answer, exchange: Exchange) -> Whole | None:
         if not confirms(kept, answer.headers):
             return None
         fresh = freshened(kept, answer.headers, exchange)
@@ -212,7 +210,7 @@ class Fetches:
         (self._stored_confirmed if stored else self._stored_not).inc()
         return Whole(fresh, stored, 304)
 
-    def _to_keep(self, answer: aiohttp.ClientResponse, exchange: Exchange) -> Kept | None:
+    def _to_keep(self, answer: Answer, exchange: Exchange) -> Kept | None:
         length = answer.content_length or 0
         if length > self._entry_bytes_max or self._filling_bytes + length > self._filling_bytes_max:
             return None
@@ -220,7 +218,7 @@ class Fetches:
             return None
         return kept_answer(answer.status, answer.reason, answer.headers, exchange)
 
-    def _pass(self, ask: Ask, kept: Kept | None, flight: Flight | None, answer: aiohttp.ClientResponse) -> None:
+    def _pass(self, ask: Ask, kept: Kept | None, flight: Flight | None, answer: Answer) -> None:
         """An answer that is not kept: what it takes the place of goes, and nobody waits for the next one."""
         self._stored_not.inc()
         if answer.status in ERROR_STATUSES:
@@ -238,7 +236,7 @@ class Fetches:
         fill: Fill,
         key: Key,
         stack: AsyncExitStack,
-        answer: aiohttp.ClientResponse,
+        answer: Answer,
         made: Kept,
         chunk: bytes,
     ) -> None:

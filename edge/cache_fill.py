@@ -15,9 +15,8 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-import aiohttp
-
 from edge.cache_policy import Kept
+from edge.connections import Answer
 
 READERS_MAX: Final = 4096
 """Clients that wait for one answer; more go on their own."""
@@ -50,7 +49,7 @@ class Begun:
 class Handed:
     """An answer for nobody but who asked first, who must close `stack`."""
 
-    answer: aiohttp.ClientResponse
+    answer: Answer
     status: int
     stack: AsyncExitStack
 

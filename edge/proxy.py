@@ -14,37 +14,25 @@ import logging
 import socket
 import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Final, Literal
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from contextlib import contextmanager, suppress
+from typing import Any, Final, Literal
 
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
 
 from edge import interim, timing
 from edge.balancer import Balancer, Origin
+from edge.connections import CONNECT_TIMEOUT_S, IDLE_S, Answer, Connections, OriginBroken, Tell, Unanswered, Unreachable
 from edge.headers import for_client
 from infra.metrics import Metrics
 from infra.problem import Problem
 
-
-class OriginBroken(Exception):
-    """The origin's answer ended before it was whole."""
-
-
-class Unanswered(Exception):
-    """The connection was lost between the request and the answer's headers."""
-
-
-CONNECT_TIMEOUT_S: Final = 2.0
 READ_TIMEOUT_S: Final = 60.0
 """Between two chunks of an answer; event streams have none, their heartbeats are between origin and client."""
 BODY_IDLE_S_MAX: Final = 30.0
 """How long a client may pause within its body; aiohttp also leaves a body broken in its framing waiting for more."""
-IDLE_S: Final = 15.0
-"""Connections to origins are kept this long, less than servers keep theirs, so that we are the one to close."""
 CHECK_S: Final = 0.25
 """Between two looks at which clients are still there."""
 ONE_WRITE_BYTES_MAX: Final = 64 * 1024
@@ -219,7 +207,7 @@ class Upstream:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        connections: Connections,
         balancer: Balancer,
         metrics: Metrics,
         *,
@@ -228,7 +216,7 @@ class Upstream:
         budget: RetryBudget | None = None,
     ) -> None:
         self._budget = budget or RetryBudget()
-        self._session = session
+        self._connections = connections
         self._balancer = balancer
         self._headers_timeout_s = headers_timeout_s
         self._read_timeout_s = read_timeout_s
@@ -240,8 +228,7 @@ class Upstream:
             "edge_origin_retries_refused_total", "Requests not sent once more, because too many were."
         )
 
-    @asynccontextmanager
-    async def exchange(
+    def exchange(
         self,
         method: str,
         target: str,
@@ -249,37 +236,20 @@ class Upstream:
         body: RequestBody | None = None,
         *,
         headers_timeout_s: float | None = None,
-        on_interim: interim.Tell | None = None,
-    ) -> AsyncGenerator[aiohttp.ClientResponse]:
-        """The answer to a request, its headers read and its body to be read with `read`. Problem 502 or 504, or what
-        went wrong with `body`. `on_interim` is told of 1xx answers before."""
-        interim.listener.set(on_interim)
-        asked_at = time.perf_counter()
-        try:
-            timeout_s = headers_timeout_s or self._headers_timeout_s
-            origin, answer = await self._send(method, target, headers, body, timeout_s)
-        finally:
-            if (times := timing.current.get()) is not None:
-                times.origin_s = (times.origin_s or 0.0) + time.perf_counter() - asked_at
-        failed: bool | None = None
-        try:
-            yield answer
-            failed = False
-        except OriginBroken:
-            failed = True
-            self._failures.labels("broken").inc()
-            raise
-        finally:
-            answer.close()
-            origin.release(failed=failed)
+        on_interim: Tell | None = None,
+    ) -> Exchange:
+        """For `async with`: the answer to a request, its headers read, its body to be read with `read`. Problem 502 or
+        504, or what went wrong with `body`. `on_interim` is told of 1xx answers before."""
+        timeout_s = headers_timeout_s or self._headers_timeout_s
+        return Exchange(self, self._send(method, target, headers, body, timeout_s, on_interim))
 
-    async def read(self, answer: aiohttp.ClientResponse, *, events: bool = False) -> bytes:
+    async def read(self, answer: Answer, *, events: bool = False) -> bytes:
         """The next chunk of an answer's body, empty at its end. OriginBroken."""
-        try:
-            async with asyncio.timeout(None if events else self._read_timeout_s):
-                return await answer.content.readany()
-        except (aiohttp.ClientError, OSError, ValueError) as exc:
-            raise OriginBroken(str(exc) or type(exc).__name__) from exc
+        return await answer.read(None if events else self._read_timeout_s)
+
+    def broken(self) -> None:
+        """An answer ended before it was whole."""
+        self._failures.labels("broken").inc()
 
     async def _send(
         self,
@@ -288,33 +258,30 @@ class Upstream:
         headers: CIMultiDict[str],
         body: RequestBody | None,
         headers_timeout_s: float,
-    ) -> tuple[Origin, aiohttp.ClientResponse]:
+        on_interim: Tell | None,
+    ) -> tuple[Origin, Answer]:
         tried: list[Origin] = []
         arrived = False  # an attempt that may have been carried out, though its answer was lost
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = time.monotonic()
         self._budget.earn()
         while True:
             origin = self._balancer.pick(tried)
             tried.append(origin)
             try:
                 # One deadline for both attempts: who waits for an answer does not care how often it was asked for.
-                left_s = headers_timeout_s if len(tried) == 1 else began + headers_timeout_s - loop.time()
-                answer = await self._ask(origin, method, target, headers, body, left_s)
-                if answer.status == 101:
-                    answer.close()
-                    raise Unanswered("it switched protocols, which nobody asked for")
+                left_s = headers_timeout_s if len(tried) == 1 else began + headers_timeout_s - time.monotonic()
+                answer = await self._ask(origin, method, target, headers, body, left_s, on_interim)
                 if arrived and answer.status in REPEATED and method not in SAFE_METHODS:
                     answer.close()
                     raise _failure(method, unsent=False, timed_out=False)
                 return origin, answer
-            except (Unanswered, aiohttp.ClientError, OSError) as exc:
+            except (Unanswered, Unreachable, OSError) as exc:
                 if body is not None and body.failure is not None:
                     origin.release(failed=None)
                     raise body.failure from exc
                 origin.release(failed=True)
-                unsent = isinstance(exc, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-                timed_out = isinstance(exc, TimeoutError) and not unsent
+                unsent = isinstance(exc, Unreachable)
+                timed_out = isinstance(exc, TimeoutError)
                 self._failures.labels("unreachable" if unsent else "timeout" if timed_out else "broken").inc()
                 untouched = body is None or not body.started
                 if len(tried) == 1 and untouched and (unsent or (method in IDEMPOTENT_METHODS and not timed_out)):
@@ -337,23 +304,39 @@ class Upstream:
         headers: CIMultiDict[str],
         body: RequestBody | None,
         headers_timeout_s: float,
-    ) -> aiohttp.ClientResponse:
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(headers_timeout_s) as deadline:
-            if body is not None:
-                # The time to answer counts from the last byte the client sent; its pauses are not the origin's.
-                body.progress = lambda grace_s: deadline.reschedule(loop.time() + headers_timeout_s + grace_s)
-            try:
-                return await self._session.request(
-                    method,
-                    URL(origin.url + target, encoded=True),
-                    headers=headers,
-                    data=body.stream() if body is not None else None,
-                    allow_redirects=False,
-                )
-            finally:
-                if body is not None:
-                    body.progress = None
+        on_interim: Tell | None,
+    ) -> Answer:
+        pool = self._connections.to(origin.url)
+        return await pool.ask(method, target, headers, body, timeout_s=headers_timeout_s, tell=on_interim)
+
+
+class Exchange:
+    """A request under way to an origin, for `async with`."""
+
+    __slots__ = ("_answer", "_origin", "_sending", "_upstream")
+
+    def __init__(self, upstream: Upstream, sending: Coroutine[Any, Any, tuple[Origin, Answer]]) -> None:
+        self._upstream = upstream
+        self._sending = sending
+        self._origin: Origin | None = None
+        self._answer: Answer | None = None
+
+    async def __aenter__(self) -> Answer:
+        asked_at = time.perf_counter()
+        try:
+            self._origin, self._answer = await self._sending
+        finally:
+            if (times := timing.current.get()) is not None:
+                times.origin_s = (times.origin_s or 0.0) + time.perf_counter() - asked_at
+        return self._answer
+
+    async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        assert self._origin is not None and self._answer is not None
+        broken = isinstance(exc, OriginBroken)
+        if broken:
+            self._upstream.broken()
+        self._answer.close()
+        self._origin.release(failed=True if broken else False if exc is None else None)
 
 
 class Proxy:
@@ -404,7 +387,7 @@ class Proxy:
     async def relay(
         self,
         request: web.BaseRequest,
-        answer: aiohttp.ClientResponse,
+        answer: Answer,
         headers: CIMultiDict[str],
         present: Present,
     ) -> web.StreamResponse:
@@ -432,28 +415,16 @@ class Proxy:
 
 
 def make_session() -> aiohttp.ClientSession:
-    """The client session of an edge: nothing decoded, remembered or added, connections kept."""
+    """For what an edge asks on its own account: nothing decoded, remembered or added, connections kept."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
-        middlewares=(_once,),
-        response_class=interim.Response,
         skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         max_line_size=32 * 1024,
         max_field_size=32 * 1024,
     )
-
-
-async def _once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """For the session: aiohttp repeats by itself what a kept connection lost; whether to is for `Upstream` to say."""
-    try:
-        return await handler(request)
-    except aiohttp.ClientConnectorError:
-        raise
-    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as exc:
-        raise Unanswered(str(exc) or type(exc).__name__) from exc
 
 
 def reset_connection(request: web.BaseRequest) -> None:
@@ -473,7 +444,7 @@ def target_of(request: web.BaseRequest) -> str:
     return raw if raw.startswith("/") else request.rel_url.raw_path_qs
 
 
-def is_event_stream(answer: aiohttp.ClientResponse) -> bool:
+def is_event_stream(answer: Answer) -> bool:
     return answer.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "text/event-stream"
 
 
