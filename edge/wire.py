@@ -18,7 +18,6 @@ from enum import Enum
 from typing import Any, Final, cast
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from edge.fastpath import Memo
 from edge.framing import (
@@ -139,20 +138,20 @@ class Wire:
         metrics.gauge("edge_connections", "Connections of clients now.", callback=lambda: len(self._connections))
 
     def over(self, server: web.Server) -> Callable[[], Connection]:
-        """The protocol factory to listen with: connections whose requests `server` answers. Its application must
-        have `self.middleware` as its outermost but for those that only count."""
+        """The protocol factory to listen with: connections whose requests `server` answers. Its handler must `finish`
+        each."""
         return lambda: Connection(self, server)
 
-    @web.middleware
-    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Writes the answer to its end, so that its connection knows of it: the next request can go on."""
-        try:
-            response = await handler(request)
-        except web.HTTPException as exc:
-            await self._finish(request, exc)
-            raise
-        await self._finish(request, response)
-        return response
+    async def finish(self, request: web.BaseRequest, response: web.StreamResponse, route: str) -> None:
+        """Write the answer to a request of `route` to its end, so that its connection knows of it and goes on."""
+        dated = "Date" in response.headers
+        await response.prepare(request)
+        await response.write_eof()
+        pipe = request.transport
+        if isinstance(pipe, Pipe) and (connection := pipe.connection) is not None:
+            if self.memo is not None and connection.raw:
+                self.memo.keep(connection.raw, request, response, route, dated=dated)
+            connection.answered(keep_alive=bool(response.keep_alive))
 
     async def run(self) -> None:
         """Keep the deadlines until cancelled. One look at all connections costs less than a timer for each."""
@@ -214,16 +213,6 @@ class Wire:
     def statistics(self) -> WireStatistics:
         idle = sum(connection.idle for connection in self._connections)
         return WireStatistics(len(self._connections), idle, len(self._addresses))
-
-    async def _finish(self, request: web.Request, response: web.StreamResponse) -> None:
-        dated = "Date" in response.headers
-        await response.prepare(request)
-        await response.write_eof()
-        pipe = request.transport
-        if isinstance(pipe, Pipe) and (connection := pipe.connection) is not None:
-            if self.memo is not None and connection.raw:
-                self.memo.keep(connection.raw, request, response, dated=dated)
-            connection.answered(keep_alive=bool(response.keep_alive))
 
     def _shed(self) -> bool:
         """Free some places: those of the connections that have sent no whole request for longest."""

@@ -76,10 +76,15 @@ async def trace_middleware(request: web.Request, handler: Handler) -> web.Stream
     """Outermost middleware: a child of the caller's trace, or a new one, is current while the request is
     handled.
     """
+    begin_trace(request)
+    return await handler(request)
+
+
+def begin_trace(request: web.BaseRequest) -> None:
+    """What `trace_middleware` does, for who has no middlewares."""
     caller = parse(request.headers.get(HEADER))
     # Never reset: aiohttp handles each request in a task, and so in a context, of its own.
     current_trace.set(caller.child() if caller is not None else Trace.new())
-    return await handler(request)
 
 
 def _identifier(size: int, rng: Random | None) -> str:
