@@ -203,8 +203,7 @@ class Edge:
                 status = response.status
             finally:
                 self.metrics.requests.series(request.method, route, status).observe(time.perf_counter() - started)
-            await self.wire.finish(request, response, route)
-            return response
+            return await self.wire.finish(request, response, route, self.prepare)
         except ConnectionResetError:
             # Lost or cut: no fault of ours, which aiohttp would log it as; who is cancelled just has it closed.
             raise asyncio.CancelledError from None

@@ -194,7 +194,7 @@ class Memo:
         body = response.body if response.body is not None else b""
         if not isinstance(body, bytes) or len(body) > BODY_BYTES_MAX or response.status not in (200, 304):
             return
-        if request.version != (1, 1) or not response.keep_alive or "Connection" in response.headers:
+        if request.version != (1, 1) or "Connection" in response.headers:
             return
         if request.method == "HEAD" or response.status == 304:
             body = b""
