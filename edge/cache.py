@@ -240,7 +240,7 @@ class HttpCache:
                 if not isinstance(outcome, Handed):
                     self._misses.inc()
                     return await self._deliver(ask, kept, reason, reader, outcome, collapsed=False)
-                async with outcome.stack:
+                async with outcome.exchange:
                     answer = outcome.answer
                     if answer.status in ERROR_STATUSES:
                         stale = self._stand_in(ask, kept, outage=False)

@@ -13,7 +13,7 @@ import asyncio
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from typing import Any, Final, TypeAlias, TypeVar
 
 import msgspec
@@ -27,6 +27,7 @@ from edge.cache_policy import ERROR_STATUSES, Exchange, Kept, confirms, for_keep
 from edge.cache_store import Key, Store
 from edge.connections import Answer, OriginBroken
 from edge.proxy import ONE_WRITE_BYTES_MAX, Upstream, broken_off, is_event_stream
+from edge.proxy import Exchange as Exchanging
 from infra.clock import Clock
 from infra.metrics import Metrics
 from infra.problem import Problem
@@ -175,30 +176,41 @@ class Fetches:
             headers_timeout_s=ask.headers_timeout_s,
             on_interim=interim.to_client(ask.request) if fill.led else None,
         )
-        async with AsyncExitStack() as stack:
-            answer = await stack.enter_async_context(exchanging)
-            ask.check(answer.status)
-            exchange = ask.exchange(asked_at, self._clock)
-            if answer.status == 304 and kept is not None and kept.validated:
-                return self._confirmed(fill, ask, kept, answer, exchange)
-            made = self._to_keep(answer, exchange)
-            if made is None:
-                self._pass(ask, kept, fill.flight, answer)
-                return Handed(answer, answer.status, stack.pop_all()) if fill.led else Abandoned()
-            self._store.varies(ask.key, made.vary)
-            if fill.flight is not None:
-                self._passes.pop(fill.flight, None)
-                # By what it is chosen by, now that this is known: who asks for another variant does not wait for it.
-                self._take_off(fill, (ask.key, self._store.chosen_by(ask.key, ask.request)))
-            length = 0 if made.status == 204 else answer.content_length
-            first = b""
-            if length is not None and length <= ONE_WRITE_BYTES_MAX:
-                first = await self._upstream.read(answer) if length else b""
-                if len(first) == length:
-                    whole = dataclasses.replace(made, body=first)
-                    return Whole(whole, self._keep(ask.key, whole, fill.began), made.status)
-            fill.task = self._run(self._pump(fill, ask.key, stack.pop_all(), answer, made, first))
-            return Begun(made, length)
+        answer = await exchanging.open()
+        try:
+            outcome = await self._outcome(fill, ask, kept, answer, exchanging, asked_at)
+        except BaseException as exc:
+            exchanging.close(exc)
+            raise
+        if not isinstance(outcome, Handed | Begun):
+            exchanging.close()
+        return outcome
+
+    async def _outcome(
+        self, fill: Fill, ask: Ask, kept: Kept | None, answer: Answer, exchanging: Exchanging, asked_at: float
+    ) -> Outcome | None:
+        ask.check(answer.status)
+        exchange = ask.exchange(asked_at, self._clock)
+        if answer.status == 304 and kept is not None and kept.validated:
+            return self._confirmed(fill, ask, kept, answer, exchange)
+        made = self._to_keep(answer, exchange)
+        if made is None:
+            self._pass(ask, kept, fill.flight, answer)
+            return Handed(answer, answer.status, exchanging) if fill.led else Abandoned()
+        self._store.varies(ask.key, made.vary)
+        if fill.flight is not None:
+            self._passes.pop(fill.flight, None)
+            # By what it is chosen by, now that this is known: who asks for another variant does not wait for it.
+            self._take_off(fill, (ask.key, self._store.chosen_by(ask.key, ask.request)))
+        length = 0 if made.status == 204 else answer.content_length
+        first = b""
+        if length is not None and length <= ONE_WRITE_BYTES_MAX:
+            first = await self._upstream.read(answer) if length else b""
+            if len(first) == length:
+                whole = dataclasses.replace(made, body=first)
+                return Whole(whole, self._keep(ask.key, whole, fill.began), made.status)
+        fill.task = self._run(self._pump(fill, ask.key, exchanging, answer, made, first))
+        return Begun(made, length)
 
     def _confirmed(self, fill: Fill, ask: Ask, kept: Kept, answer: Answer, exchange: Exchange) -> Whole | None:
         if not confirms(kept, answer.headers):
@@ -235,7 +247,7 @@ class Fetches:
         self,
         fill: Fill,
         key: Key,
-        stack: AsyncExitStack,
+        exchanging: Exchanging,
         answer: Answer,
         made: Kept,
         chunk: bytes,
@@ -244,7 +256,7 @@ class Fetches:
         broken: Exception | None = OriginBroken("nobody waited for the answer any more")
         counted = 0
         try:
-            async with stack:
+            async with exchanging:
                 fill.flowing = True
                 chunk = chunk or await self._upstream.read(answer)
                 while chunk and fill.wanted:

@@ -150,7 +150,34 @@ def for_fill(*, identity: str | None, freshness: CIMultiDict[str]) -> CIMultiDic
 
 def for_client(headers: Headers) -> CIMultiDict[str]:
     """The headers of an origin's answer that its client may see, and ours."""
-    return shown(end_to_end(headers))
+    dropped = _connection_listed(headers)
+    fields: list[tuple[str, str]] = []
+    said: list[str] = []
+    for name, value in headers.items():
+        shows = _shows(name)
+        if shows is _Shows.YES:
+            if not (dropped and name.lower() in dropped):
+                fields.append((name, value))
+        elif shows is _Shows.VIA:
+            said.append(value)
+    fields.append(("Via", ", ".join((*said, VIA)) if said else VIA))
+    return CIMultiDict(fields)
+
+
+class _Shows(Enum):
+    """Whether a field of an origin's answer goes on."""
+
+    YES = auto()
+    VIA = auto()
+    NO = auto()
+
+
+@lru_cache(NAMES_REMEMBERED)
+def _shows(name: str) -> _Shows:
+    lower = name.lower()
+    if lower == "via":
+        return _Shows.VIA
+    return _Shows.NO if _of_one_hop(name) or lower in _FOR_CACHES else _Shows.YES
 
 
 def shown(kept: CIMultiDict[str]) -> CIMultiDict[str]:

@@ -14,8 +14,9 @@ import logging
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Final, Literal
 
 import aiohttp
@@ -37,6 +38,8 @@ CHECK_S: Final = 0.25
 """Between two looks at which clients are still there."""
 ONE_WRITE_BYTES_MAX: Final = 64 * 1024
 """An answer of known size up to this goes out in one write if it came in as one."""
+
+KINDS_REMEMBERED: Final = 256
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 IDEMPOTENT_METHODS: Final = SAFE_METHODS | {"PUT", "DELETE"}
@@ -107,20 +110,10 @@ class Presence:
         """Whose event streams may not begin: asked when one does, since what it was let in with may have been revoked
         while the origin took its time."""
 
-    @contextmanager
-    def of(self, request: web.BaseRequest) -> Generator[Present]:
-        """While inside, the current task is cancelled when the client of `request` leaves; the cancellation becomes a
-        ConnectionResetError on the way out."""
-        present = Present(request)
-        self._present.add(present)
-        try:
-            yield present
-        except asyncio.CancelledError:
-            if not present.take_back():
-                raise
-            raise ConnectionResetError("the client left") from None
-        finally:
-            self._present.discard(present)
+    def of(self, request: web.BaseRequest) -> Present:
+        """For `with`: inside, the current task is cancelled when the client of `request` leaves; that then becomes
+        a ConnectionResetError on the way out."""
+        return Present(request, self._present)
 
     async def run(self, draining: asyncio.Event) -> None:
         """Watch until cancelled. One look at all of them costs less than a watcher each."""
@@ -154,13 +147,23 @@ class Presence:
 
 
 class Present:
-    __slots__ = ("_ending", "_task", "request", "streaming")
+    __slots__ = ("_ending", "_others", "_task", "request", "streaming")
 
-    def __init__(self, request: web.BaseRequest) -> None:
+    def __init__(self, request: web.BaseRequest, others: set[Present]) -> None:
         self.request = request
+        self._others = others
         self._task = asyncio.current_task()
         self._ending: Ending | None = None
         self.streaming = False
+
+    def __enter__(self) -> Present:
+        self._others.add(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        self._others.discard(self)
+        if isinstance(exc, asyncio.CancelledError) and self.take_back():
+            raise ConnectionResetError("the client left") from None
 
     def has_left(self) -> bool:
         transport = self.request.transport
@@ -321,7 +324,10 @@ class Exchange:
         self._origin: Origin | None = None
         self._answer: Answer | None = None
 
-    async def __aenter__(self) -> Answer:
+    async def open(self) -> Answer:
+        """The answer; asked for once. `close` is to follow, unless this raises."""
+        if self._answer is not None:
+            return self._answer
         asked_at = time.perf_counter()
         try:
             self._origin, self._answer = await self._sending
@@ -330,13 +336,20 @@ class Exchange:
                 times.origin_s = (times.origin_s or 0.0) + time.perf_counter() - asked_at
         return self._answer
 
-    async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+    def close(self, exc: BaseException | None = None) -> None:
+        """The answer is done with; `exc` is what became of it, if not all."""
         assert self._origin is not None and self._answer is not None
         broken = isinstance(exc, OriginBroken)
         if broken:
             self._upstream.broken()
         self._answer.close()
         self._origin.release(failed=True if broken else False if exc is None else None)
+
+    async def __aenter__(self) -> Answer:
+        return await self.open()
+
+    async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        self.close(exc)
 
 
 class Proxy:
@@ -445,7 +458,12 @@ def target_of(request: web.BaseRequest) -> str:
 
 
 def is_event_stream(answer: Answer) -> bool:
-    return answer.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "text/event-stream"
+    return _is_events(answer.headers.get("Content-Type", ""))
+
+
+@lru_cache(KINDS_REMEMBERED)
+def _is_events(kind: str) -> bool:
+    return kind.partition(";")[0].strip().lower() == "text/event-stream"
 
 
 def check_declared_size(request: web.BaseRequest, bytes_max: int) -> None:
