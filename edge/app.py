@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from random import Random
 from typing import Any, Final
@@ -22,10 +23,12 @@ from aiohttp import web
 from aiohttp.http import SERVER_SOFTWARE
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from edge import timing
 from edge.auth import REALM, AuthProblem, TokenVerifier, TrustedIssuer, VerifiedToken
 from edge.balancer import Balancer
 from edge.cache import HttpCache
 from edge.coherent import ENTRY_BYTES_MAX, REPEAT, Ask, Coherent, Fetched
+from edge.connections import Connections, OriginBroken
 from edge.fastpath import OFFER, Memo, Offer
 from edge.feed import Feed
 from edge.headers import CACHE_STATUS, POSITION_HEADER, for_client, for_fill, for_origin, position_of
@@ -35,7 +38,6 @@ from edge.notices import TOKEN, EdgeNotices
 from edge.paths import Access, PathRules
 from edge.proxy import (
     SAFE_METHODS,
-    OriginBroken,
     Presence,
     Proxy,
     Upstream,
@@ -47,40 +49,41 @@ from edge.proxy import (
 from edge.revocation import ITEMS_MAX, Revocations
 from edge.streams import SharedStreams
 from edge.threads import THREADS_PATH, ask_of, freshness_of, kind_of, thread_of
-from edge.timing import add_timing, timing_middleware
 from edge.wire import Wire, WireLimits
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IdentityError, IdentitySigner, IdentityVerifier, Principal, load_peer_key
-from infra.metrics import Metrics
-from infra.problem import Problem, problem_middleware
-from infra.server import Lifecycle, add_health_routes, cut_quietly
+from infra.metrics import CLIENT_CLOSED_REQUEST, Metrics
+from infra.problem import Problem, answer_to
+from infra.server import Lifecycle, close_when_draining, health_handlers
 from infra.settings import IssuerSettings, Settings, SettingsError
-from infra.trace import trace_middleware
+from infra.trace import begin_trace
 
 VERIFY_PATH: Final = "/api/auth/verify"
 MODEL_TIMEOUT_S: Final = 600.0
 """How long a model may think before its first byte."""
 
-# Only labels for the metrics; each leads to the same handler.
-TEMPLATES: Final = (
-    "/",
-    "/openapi.json",
-    "/docs",
-    "/t/{id}",
-    "/cdn/{path:.+}",
-    "/api/threads",
-    "/api/threads/list",
-    "/api/threads/search",
-    "/api/threads/events",
-    "/api/threads/{id}",
-    "/api/threads/{id}/messages",
-    "/api/threads/{id}/events",
-    VERIFY_PATH,
-    "/api/assets/repomap",
-    "/v1/chat/completions",
-    "/v1/models",
-    "/{other:.*}",
+OTHER: Final = "/{other}"
+"""The label of the metrics for paths that have none of their own."""
+_LABELS: Final = frozenset(
+    {
+        "/",
+        "/openapi.json",
+        "/docs",
+        "/api/threads",
+        "/api/threads/list",
+        "/api/threads/search",
+        "/api/threads/events",
+        VERIFY_PATH,
+        "/api/assets/repomap",
+        "/v1/chat/completions",
+        "/v1/models",
+    }
 )
+_THREAD_LABELS: Final = {
+    "": "/api/threads/{id}",
+    "messages": "/api/threads/{id}/messages",
+    "events": "/api/threads/{id}/events",
+}
 _NO_METHODS: Final = frozenset({"CONNECT", "TRACE"})
 
 log = logging.getLogger(__name__)
@@ -101,6 +104,7 @@ class Edge:
         rng = rng or Random()
         edge = settings.edge
         self._lifecycle = lifecycle
+        self._own = {**health_handlers(lifecycle), "/metrics": self._metrics}
         self._region = settings.region
         self._body_bytes_max = settings.server.body_bytes_max
         self._rules = PathRules(edge.public)
@@ -112,9 +116,12 @@ class Edge:
             memo = Memo(self.metrics, size_bytes_max=edge.fastpath_bytes_max, clock=clock)
         self.wire = Wire(WireLimits.of(edge), self.metrics, memo=memo, clock=clock)
         self._session = make_session()
+        self._connections = Connections()
         self.balancer = Balancer(origins, clock=clock)
         self.presence = Presence()
-        self._upstream = Upstream(self._session, self.balancer, self.metrics, headers_timeout_s=edge.origin_timeout_s)
+        self._upstream = Upstream(
+            self._connections, self.balancer, self.metrics, headers_timeout_s=edge.origin_timeout_s
+        )
         self._proxy = Proxy(self._upstream, self.presence, body_bytes_max=self._body_bytes_max)
         self.streams = SharedStreams(self._upstream, self.presence, self.metrics)
         self.cache = HttpCache(
@@ -164,7 +171,54 @@ class Edge:
         self._add_checks()
         self._add_gauges()
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
+    def server(self, **options: Any) -> web.Server:
+        """aiohttp's low-level server, to be served behind `wire` with `auto_decompress=False`."""
+        loop = asyncio.get_running_loop()
+
+        def make(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> EdgeRequest:
+            request = EdgeRequest(message, payload, protocol, writer, task, loop)
+            request.edge = self
+            return request
+
+        return web.Server(self.answer, request_factory=make, **options)
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Every request, from its head to the last byte of its answer."""
+        self._lifecycle.begin()
+        try:
+            begin_trace(request)
+            timing.current.set(timing.Timing())
+            path = target_of(request).partition("?")[0]
+            own = self._own.get(path) if request.method in ("GET", "HEAD") else None
+            route = path if own is not None else route_of(path)
+            started = time.perf_counter()
+            status = CLIENT_CLOSED_REQUEST
+            try:
+                if "Expect" in request.headers:
+                    await self.expect(request)
+                response = await (self.handle(request) if own is None else own(request))
+                status = response.status
+            except Exception as exc:
+                response = answer_to(exc, request, lambda exc: None)
+                status = response.status
+            finally:
+                self.metrics.requests.series(request.method, route, status).observe(time.perf_counter() - started)
+            return await self.wire.finish(request, response, route, self.prepare)
+        except ConnectionResetError:
+            # Lost or cut: no fault of ours, which aiohttp would log it as; who is cancelled just has it closed.
+            raise asyncio.CancelledError from None
+        finally:
+            self._lifecycle.end()
+
+    def prepare(self, response: web.StreamResponse) -> None:
+        """For a response about to be sent."""
+        # aiohttp signs every answer that has no Server header: wrong for an origin's, and nobody's business for ours.
+        if response.headers.get("Server") == SERVER_SOFTWARE:
+            del response.headers["Server"]
+        timing.add_timing(response)
+        close_when_draining(self._lifecycle, response)
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Every request that is not for the edge's own health or metrics."""
         if request.method in _NO_METHODS:
             detail = f"{request.method} is not served."
@@ -208,14 +262,14 @@ class Edge:
         timeout_s = MODEL_TIMEOUT_S if path.startswith("/v1/") else None
         return await self._pass(request, verified.principal, headers_timeout_s=timeout_s)
 
-    async def expect(self, request: web.Request) -> None:
+    async def expect(self, request: web.BaseRequest) -> None:
         """`Expect: 100-continue`: the body is asked for only if it may be sent (RFC 9110 §10.1.1); what may not is
         refused by `handle`, like anything else."""
         if request.version >= (1, 1) and await self._wants_body(request):
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0  # the answer itself has not begun
 
-    async def _wants_body(self, request: web.Request) -> bool:
+    async def _wants_body(self, request: web.BaseRequest) -> bool:
         if not _expects_continue(request) or (request.content_length or 0) > self._body_bytes_max:
             return False
         access = self._rules.access(target_of(request).partition("?")[0])
@@ -227,8 +281,9 @@ class Edge:
             return False
         return True
 
-    async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
-        """For `app.cleanup_ctx`: the background work."""
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None]:
+        """Its background work; closes it at the end."""
         work: dict[str, Coroutine[Any, Any, None]] = {
             "presence": self.presence.run(self._lifecycle.draining),
             "wire": self.wire.run(),
@@ -238,21 +293,27 @@ class Edge:
         for issuer, keys in self._keys.items():
             work[f"keys of {issuer}"] = keys.run()
         tasks = [_background(name, coroutine) for name, coroutine in work.items()]
-        yield
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError, Exception):
-                await task
-        await self.close()
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
+            await self.close()
 
     async def close(self) -> None:
         """Idempotent."""
         await self.streams.close()
         await self.cache.close()
+        self._connections.close()
         await self._session.close()
 
-    async def _authenticate(self, request: web.Request) -> VerifiedToken:
+    async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
+        return await self.metrics.metrics_handler(request)
+
+    async def _authenticate(self, request: web.BaseRequest) -> VerifiedToken:
         try:
             verified = await self._verified(request)
         except AuthProblem as problem:
@@ -261,13 +322,13 @@ class Edge:
         request[TOKEN] = verified
         return verified
 
-    async def _verified(self, request: web.Request) -> VerifiedToken:
+    async def _verified(self, request: web.BaseRequest) -> VerifiedToken:
         query = target_of(request).partition("?")[2]
         return await self.verifier.authenticate(request.headers.getall("Authorization", ()), query)
 
     async def _pass(
         self,
-        request: web.Request,
+        request: web.BaseRequest,
         principal: Principal,
         *,
         cache_status: str | None = None,
@@ -298,7 +359,7 @@ class Edge:
         )
 
     async def _read(
-        self, coherent: Coherent, request: web.Request, ask: Ask | None, principal: Principal
+        self, coherent: Coherent, request: web.BaseRequest, ask: Ask | None, principal: Principal
     ) -> web.StreamResponse:
         if ask is None:
             return await self._pass(request, principal, cache_status="weft; fwd=request")
@@ -326,7 +387,7 @@ class Edge:
         return answer
 
     async def _write(
-        self, coherent: Coherent, request: web.Request, path: str, principal: Principal
+        self, coherent: Coherent, request: web.BaseRequest, path: str, principal: Principal
     ) -> web.StreamResponse:
         thread_id = thread_of(path)
         answered = False
@@ -345,7 +406,7 @@ class Edge:
                 coherent.wrote(principal, thread_id, None)
 
     def _headers(
-        self, request: web.Request, identity: str | None, *, keep_authorization: bool = False
+        self, request: web.BaseRequest, identity: str | None, *, keep_authorization: bool = False
     ) -> CIMultiDict[str]:
         trusted = self._trusted.sent(request)
         return for_origin(request, identity=identity, keep_authorization=keep_authorization, trusted=trusted)
@@ -387,6 +448,9 @@ class Edge:
 
     def _add_gauges(self) -> None:
         metrics = self.metrics
+        metrics.gauge(
+            "http_server_active_requests", "Requests being handled now.", callback=lambda: self._lifecycle.in_flight
+        )
         metrics.gauge_family(
             "edge_origin_in_flight",
             "Requests at each origin now.",
@@ -436,41 +500,30 @@ class Edge:
         metrics.gauge("edge_coherent_bytes", "What they weigh.", callback=lambda: coherent.statistics().size_bytes)
 
 
-EDGE: Final = web.AppKey("edge", Edge)
+class EdgeRequest(web.BaseRequest):
+    """A request to an edge."""
+
+    edge: Edge
+
+    async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        # Where aiohttp's application calls `on_response_prepare`: the headers are complete and not sent.
+        self.edge.prepare(response)
 
 
-async def build_app(
-    settings: Settings, lifecycle: Lifecycle, *, clock: Clock = SYSTEM_CLOCK, rng: Random | None = None
-) -> web.Application:
-    """The edge's application, to be served behind its `Edge.wire` with `auto_decompress=False`.
-
-    SettingsError, IdentityKeyError.
-    """
-    edge = Edge(settings, lifecycle, clock=clock, rng=rng)
-    app = web.Application(
-        middlewares=[
-            cut_quietly,
-            edge.wire.middleware,
-            trace_middleware,
-            timing_middleware,
-            edge.metrics.middleware(),
-            problem_middleware(lambda exc: None),
-        ]
-    )
-    app[EDGE] = edge
-    add_health_routes(app, lifecycle)
-    app.router.add_get("/metrics", edge.metrics.metrics_handler)
-    for template in TEMPLATES:
-        app.router.add_route("*", template, edge.handle, expect_handler=edge.expect)
-    app.cleanup_ctx.append(edge.lifespan)
-    app.on_response_prepare.extend((drop_server_software, add_timing))
-    return app
-
-
-async def drop_server_software(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    """aiohttp signs every answer that has no Server header: wrong for an origin's, and nobody's business for ours."""
-    if response.headers.get("Server") == SERVER_SOFTWARE:
-        del response.headers["Server"]
+def route_of(path: str) -> str:
+    """The label of the metrics for a raw path: a closed set."""
+    if path in _LABELS:
+        return path
+    first, _, rest = path[1:].partition("/")
+    if first == "t" and rest and "/" not in rest:
+        return "/t/{id}"
+    if first == "cdn" and rest:
+        return "/cdn/{path}"
+    if path.startswith(THREADS_PATH + "/"):
+        thread_id, _, part = path[len(THREADS_PATH) + 1 :].partition("/")
+        if thread_id:
+            return _THREAD_LABELS.get(part, OTHER)
+    return OTHER
 
 
 def origins_of(settings: Settings) -> tuple[str, ...]:
@@ -482,7 +535,7 @@ def origins_of(settings: Settings) -> tuple[str, ...]:
     raise SettingsError("edge.origins is required where no region is set; allowed: a list of http(s) addresses")
 
 
-def _claims_response(request: web.Request, verified: VerifiedToken) -> web.Response:
+def _claims_response(request: web.BaseRequest, verified: VerifiedToken) -> web.Response:
     if request.method not in ("GET", "HEAD"):
         raise Problem(405, "method-not-allowed", "Claims are read with GET.", headers={"Allow": "GET, HEAD"})
     # Not orjson: a token may hold integers of any size, and text that only an escape can carry.
@@ -492,7 +545,7 @@ def _claims_response(request: web.Request, verified: VerifiedToken) -> web.Respo
     )
 
 
-def _expects_continue(request: web.Request) -> bool:
+def _expects_continue(request: web.BaseRequest) -> bool:
     return request.headers.get("Expect", "").lower() == "100-continue"
 
 

@@ -66,6 +66,11 @@ class Balancer:
 
     def pick(self, avoid: Collection[Origin] = ()) -> Origin:
         """The origin for a request, counted as in flight there; one of `avoid` only when there is no other."""
+        if len(self._origins) == 1:
+            only = self._origins[0]
+            only.allows()
+            only.in_flight += 1
+            return only
         # Starting elsewhere each time spreads equals evenly.
         self._turn = (self._turn + 1) % len(self._origins)
         turned = self._origins[self._turn :] + self._origins[: self._turn]

@@ -37,10 +37,10 @@ from edge.cache_policy import (
 )
 from edge.cache_status import Reason
 from edge.cache_store import Key, Partition, Store
+from edge.connections import OriginBroken
 from edge.headers import CACHE_STATUS, for_client
 from edge.proxy import (
     SAFE_METHODS,
-    OriginBroken,
     Presence,
     Proxy,
     Upstream,
@@ -240,7 +240,7 @@ class HttpCache:
                 if not isinstance(outcome, Handed):
                     self._misses.inc()
                     return await self._deliver(ask, kept, reason, reader, outcome, collapsed=False)
-                async with outcome.stack:
+                async with outcome.exchange:
                     answer = outcome.answer
                     if answer.status in ERROR_STATUSES:
                         stale = self._stand_in(ask, kept, outage=False)

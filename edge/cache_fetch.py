@@ -13,10 +13,9 @@ import asyncio
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from typing import Any, Final, TypeAlias, TypeVar
 
-import aiohttp
 import msgspec
 from aiohttp import web
 from multidict import CIMultiDict
@@ -26,7 +25,9 @@ from edge.cache_control import RequestDirectives
 from edge.cache_fill import Abandoned, Begun, Failed, Fill, Handed, Outcome, Whole
 from edge.cache_policy import ERROR_STATUSES, Exchange, Kept, confirms, for_keeping, freshened, kept_answer, may_keep
 from edge.cache_store import Key, Store
-from edge.proxy import ONE_WRITE_BYTES_MAX, OriginBroken, Upstream, broken_off, is_event_stream
+from edge.connections import Answer, OriginBroken
+from edge.proxy import ONE_WRITE_BYTES_MAX, Upstream, broken_off, is_event_stream
+from edge.proxy import Exchange as Exchanging
 from infra.clock import Clock
 from infra.metrics import Metrics
 from infra.problem import Problem
@@ -175,34 +176,43 @@ class Fetches:
             headers_timeout_s=ask.headers_timeout_s,
             on_interim=interim.to_client(ask.request) if fill.led else None,
         )
-        async with AsyncExitStack() as stack:
-            answer = await stack.enter_async_context(exchanging)
-            ask.check(answer.status)
-            exchange = ask.exchange(asked_at, self._clock)
-            if answer.status == 304 and kept is not None and kept.validated:
-                return self._confirmed(fill, ask, kept, answer, exchange)
-            made = self._to_keep(answer, exchange)
-            if made is None:
-                self._pass(ask, kept, fill.flight, answer)
-                return Handed(answer, answer.status, stack.pop_all()) if fill.led else Abandoned()
-            self._store.varies(ask.key, made.vary)
-            if fill.flight is not None:
-                self._passes.pop(fill.flight, None)
-                # By what it is chosen by, now that this is known: who asks for another variant does not wait for it.
-                self._take_off(fill, (ask.key, self._store.chosen_by(ask.key, ask.request)))
-            length = 0 if made.status == 204 else answer.content_length
-            first = b""
-            if length is not None and length <= ONE_WRITE_BYTES_MAX:
-                first = await self._upstream.read(answer) if length else b""
-                if len(first) == length:
-                    whole = dataclasses.replace(made, body=first)
-                    return Whole(whole, self._keep(ask.key, whole, fill.began), made.status)
-            fill.task = self._run(self._pump(fill, ask.key, stack.pop_all(), answer, made, first))
-            return Begun(made, length)
+        answer = await exchanging.open()
+        try:
+            outcome = await self._outcome(fill, ask, kept, answer, exchanging, asked_at)
+        except BaseException as exc:
+            exchanging.close(exc)
+            raise
+        if not isinstance(outcome, Handed | Begun):
+            exchanging.close()
+        return outcome
 
-    def _confirmed(
-        self, fill: Fill, ask: Ask, kept: Kept, answer: aiohttp.ClientResponse, exchange: Exchange
-    ) -> Whole | None:
+    async def _outcome(
+        self, fill: Fill, ask: Ask, kept: Kept | None, answer: Answer, exchanging: Exchanging, asked_at: float
+    ) -> Outcome | None:
+        ask.check(answer.status)
+        exchange = ask.exchange(asked_at, self._clock)
+        if answer.status == 304 and kept is not None and kept.validated:
+            return self._confirmed(fill, ask, kept, answer, exchange)
+        made = self._to_keep(answer, exchange)
+        if made is None:
+            self._pass(ask, kept, fill.flight, answer)
+            return Handed(answer, answer.status, exchanging) if fill.led else Abandoned()
+        self._store.varies(ask.key, made.vary)
+        if fill.flight is not None:
+            self._passes.pop(fill.flight, None)
+            # By what it is chosen by, now that this is known: who asks for another variant does not wait for it.
+            self._take_off(fill, (ask.key, self._store.chosen_by(ask.key, ask.request)))
+        length = 0 if made.status == 204 else answer.content_length
+        first = b""
+        if length is not None and length <= ONE_WRITE_BYTES_MAX:
+            first = await self._upstream.read(answer) if length else b""
+            if len(first) == length:
+                whole = dataclasses.replace(made, body=first)
+                return Whole(whole, self._keep(ask.key, whole, fill.began), made.status)
+        fill.task = self._run(self._pump(fill, ask.key, exchanging, answer, made, first))
+        return Begun(made, length)
+
+    def _confirmed(self, fill: Fill, ask: Ask, kept: Kept, answer: Answer, exchange: Exchange) -> Whole | None:
         if not confirms(kept, answer.headers):
             return None
         fresh = freshened(kept, answer.headers, exchange)
@@ -212,7 +222,7 @@ class Fetches:
         (self._stored_confirmed if stored else self._stored_not).inc()
         return Whole(fresh, stored, 304)
 
-    def _to_keep(self, answer: aiohttp.ClientResponse, exchange: Exchange) -> Kept | None:
+    def _to_keep(self, answer: Answer, exchange: Exchange) -> Kept | None:
         length = answer.content_length or 0
         if length > self._entry_bytes_max or self._filling_bytes + length > self._filling_bytes_max:
             return None
@@ -220,7 +230,7 @@ class Fetches:
             return None
         return kept_answer(answer.status, answer.reason, answer.headers, exchange)
 
-    def _pass(self, ask: Ask, kept: Kept | None, flight: Flight | None, answer: aiohttp.ClientResponse) -> None:
+    def _pass(self, ask: Ask, kept: Kept | None, flight: Flight | None, answer: Answer) -> None:
         """An answer that is not kept: what it takes the place of goes, and nobody waits for the next one."""
         self._stored_not.inc()
         if answer.status in ERROR_STATUSES:
@@ -237,8 +247,8 @@ class Fetches:
         self,
         fill: Fill,
         key: Key,
-        stack: AsyncExitStack,
-        answer: aiohttp.ClientResponse,
+        exchanging: Exchanging,
+        answer: Answer,
         made: Kept,
         chunk: bytes,
     ) -> None:
@@ -246,7 +256,7 @@ class Fetches:
         broken: Exception | None = OriginBroken("nobody waited for the answer any more")
         counted = 0
         try:
-            async with stack:
+            async with exchanging:
                 fill.flowing = True
                 chunk = chunk or await self._upstream.read(answer)
                 while chunk and fill.wanted:

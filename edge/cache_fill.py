@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Hashable
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Hashable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-import aiohttp
-
 from edge.cache_policy import Kept
+from edge.connections import Answer
+from edge.proxy import Exchange
 
 READERS_MAX: Final = 4096
 """Clients that wait for one answer; more go on their own."""
@@ -48,11 +47,11 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Handed:
-    """An answer for nobody but who asked first, who must close `stack`."""
+    """An answer for nobody but who asked first, who must close `exchange`."""
 
-    answer: aiohttp.ClientResponse
+    answer: Answer
     status: int
-    stack: AsyncExitStack
+    exchange: Exchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,20 +110,20 @@ class Fill:
         """Whether it is worth reading on."""
         return bool(self._readers) or (self.unattended and self.keeps)
 
-    @contextmanager
-    def join(self) -> Generator[Reader]:
-        """Take part from the body's first byte on. Only before a byte was let go of."""
-        reader = Reader(self)
+    def join(self) -> Reader:
+        """For `with`: take part from the body's first byte on. Only before a byte was let go of."""
+        return Reader(self)
+
+    def enter(self, reader: Reader) -> None:
         self._readers.add(reader)
-        try:
-            yield reader
-        finally:
-            self._readers.discard(reader)
-            self._trim()
-            if not self.wanted:
-                self.wake()
-                if self.flowing and not self.ended and self.task is not None:
-                    self.task.cancel()
+
+    def leave(self, reader: Reader) -> None:
+        self._readers.discard(reader)
+        self._trim()
+        if not self.wanted:
+            self.wake()
+            if self.flowing and not self.ended and self.task is not None:
+                self.task.cancel()
 
     @property
     def can_be_joined(self) -> bool:
@@ -213,6 +212,13 @@ class Reader:
         self._fill = fill
         self.taken = 0
         """Chunks."""
+
+    def __enter__(self) -> Reader:
+        self._fill.enter(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._fill.leave(self)
 
     def keep_going(self) -> None:
         """It is read to its end for the cache, though this reader needs no more of it."""

@@ -89,7 +89,9 @@ class Store:
 
     def chosen_by(self, key: Key, request: web.BaseRequest) -> object:
         """What a request differs by from others of its key, as far as is known."""
-        known = self._varied.get(key, ())
+        known = self._varied.get(key)
+        if known is None:
+            return ()
         return tuple(selecting(request, names) for names in known)
 
     def put(self, key: Key, kept: Kept, began: int) -> bool:

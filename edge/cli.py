@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import click
 
-from edge.app import EDGE, build_app, origins_of
+from edge.app import Edge, origins_of
 from infra import logs
 from infra.cli import fail
 from infra.clock import SYSTEM_CLOCK
@@ -68,24 +68,24 @@ def edge_command(config: Path, worker: bool) -> int:
 async def run_edge(settings: Settings, *, worker: bool = False) -> int:
     """Serve until told to stop; the exit status."""
     lifecycle = Lifecycle()
-    app = await build_app(settings, lifecycle)
+    edge = Edge(settings, lifecycle)
     if worker:
         _stop_with_parent()
     host, port = host_port(settings.edge.listen)
     try:
         return await serve(
-            app,
+            edge,
             host,
             port,
             lifecycle=lifecycle,
             drain_seconds=settings.edge.drain_s,
             reuse_port=worker,
             auto_decompress=False,
-            front=app[EDGE].wire,
+            front=edge.wire,
             on_ready=lambda host, port: log.info("edge listening", extra={"fields": {"host": host, "port": port}}),
         )
     finally:
-        await app[EDGE].close()  # also where the address was taken and the application never began
+        await edge.close()  # also where the address was taken and the application never began
 
 
 async def run_workers(settings: Settings) -> int:

@@ -22,7 +22,7 @@ from multidict import CIMultiDict
 from edge.headers import CACHE_STATUS
 from infra.cache import ByteLRU, CacheStatistics
 from infra.clock import SYSTEM_CLOCK, Clock
-from infra.metrics import Metrics, Series, route_template
+from infra.metrics import Metrics, Series
 
 ENTRIES_MAX: Final = 20_000
 REQUEST_BYTES_MAX: Final = 12 * 1024
@@ -182,23 +182,26 @@ class Memo:
             answer.seconds = self._monotonic() - now
         return answer.wire
 
-    def keep(self, raw: bytes, request: web.Request, response: web.StreamResponse, *, dated: bool) -> None:
-        """Remember `response`, whose headers are those that were sent, if it was offered and is fit to be repeated, and
-        if these bytes come for the second time: most clients that send other bytes each time would only fill memory."""
+    def keep(
+        self, raw: bytes, request: web.BaseRequest, response: web.StreamResponse, route: str, *, dated: bool
+    ) -> None:
+        """Remember `response` to a request of `route`, whose headers are those that were sent, if it was offered and is
+        fit to be repeated, and if these bytes come for the second time: most clients that send other bytes each time
+        would only fill memory."""
         offer = response.get(OFFER)
         if offer is None or not isinstance(response, web.Response) or len(raw) > REQUEST_BYTES_MAX:
             return
         body = response.body if response.body is not None else b""
         if not isinstance(body, bytes) or len(body) > BODY_BYTES_MAX or response.status not in (200, 304):
             return
-        if request.version != (1, 1) or not response.keep_alive or "Connection" in response.headers:
+        if request.version != (1, 1) or "Connection" in response.headers:
             return
         if request.method == "HEAD" or response.status == 304:
             body = b""
         key = without_trace(raw)
         if not self._seen_again(hash(key)):
             return
-        series = self._metrics.requests.series(request.method, route_template(request), response.status)
+        series = self._metrics.requests.series(request.method, route, response.status)
         answer = Answer(key, response, offer, series, body, dated=dated)
         if self._answers.put(key, answer, ENTRY_BYTES + len(key) + 2 * len(body)):
             self._ready[key] = answer

@@ -39,8 +39,8 @@ METHODS: Final = frozenset(
 _NEVER: Final = frozenset({b"CONNECT", b"TRACE"})
 
 _TCHAR: Final = rb"!#$%&'*+\-.^_`|~0-9A-Za-z"
-_TOKEN_BYTES: Final = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_TEXT_BYTES: Final = bytes(byte for byte in range(256) if byte == 9 or (byte >= 32 and byte != 127))
+TOKEN_BYTES: Final = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+TEXT_BYTES: Final = bytes(byte for byte in range(256) if byte == 9 or (byte >= 32 and byte != 127))
 """What a line may hold (RFC 9110 §5.5): tab, space, visible, and bytes beyond ASCII."""
 _REQUEST_LINE: Final = re.compile(rb"([" + _TCHAR + rb"]+) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])")
 # RFC 3986, and what browsers leave as it is. A backslash in a path is a slash to some.
@@ -50,7 +50,7 @@ _AUTHORITY_FORM: Final = re.compile(rb"(.+):[0-9]{1,5}")
 _ENCODED_CONTROL: Final = re.compile(rb"%(?:0[0aAdD])")
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~-]|%[0-9A-Fa-f]{2})+)(?::([0-9]{0,5}))?")
 _SUSPECT: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
-_CHUNK_LINE: Final = re.compile(
+CHUNK_LINE: Final = re.compile(
     rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*[" + _TCHAR + rb"]+"
     rb"(?:[ \t]*=[ \t]*(?:["
     + _TCHAR
@@ -180,7 +180,7 @@ def read_head(raw: bytes) -> Head:
         raise _large_head()
     lines = raw[:-4].split(b"\r\n")
     # All that is no text has to be the CR and LF of the line ends that were just split at.
-    if len(raw.translate(None, _TEXT_BYTES)) != 2 * len(lines) + 2:
+    if len(raw.translate(None, TEXT_BYTES)) != 2 * len(lines) + 2:
         raise _bad_bytes()
     method, target, authority, modern = read_request_line(lines[0])
     if len(lines) > FIELDS_MAX + 1:
@@ -307,7 +307,7 @@ class Chunked:
         end = data.find(b"\r\n", at, at + most + 2)
         line = data[at : end if end >= 0 else at + most + 2]
         # A CR at the very end may be the first half of the line's end.
-        odd = line.translate(None, _TEXT_BYTES)
+        odd = line.translate(None, TEXT_BYTES)
         if odd and not (end < 0 and odd == b"\r" and line.endswith(b"\r")):
             raise _bad_body("A line of the chunked body holds a control byte, a bare CR or a bare LF.")
         if end < 0:
@@ -317,7 +317,7 @@ class Chunked:
         return line
 
     def _size(self, line: bytes) -> None:
-        found = _CHUNK_LINE.fullmatch(line)
+        found = CHUNK_LINE.fullmatch(line)
         if found is None:
             raise _bad_body("A chunk's size line is not hexadecimal digits and extensions.")
         self._extensions += len(found[2])
@@ -344,7 +344,7 @@ def malformed(detail: str) -> Problem:
 
 
 def _classify(name: bytes, colon: bytes) -> _Field:
-    if not colon or not name or name.translate(None, _TOKEN_BYTES):
+    if not colon or not name or name.translate(None, TOKEN_BYTES):
         if name[:1] in (b" ", b"\t"):
             raise malformed("A field line begins with white space: folded lines are obsolete.")
         if name.rstrip(b" \t") != name and colon:

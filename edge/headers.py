@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from enum import Enum, auto
 from functools import lru_cache
 from typing import Final, TypeAlias
 
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from edge.hops import PSEUDONYM, forwards_left, says_where_from, via, where_from
+from edge.hops import FIRST_VIA, forwards_left, says_where_from, via, where_from
 from infra.identity import IDENTITY_HEADER, is_identity_header
 from infra.trace import current_trace
 
@@ -29,7 +30,7 @@ VERSION_HEADER: Final = "X-Sync-Version"
 MIN_VERSION_HEADER: Final = "X-Sync-Min-Version"
 """Of a client's request for a thread: the answer may be from no earlier than this version."""
 CACHE_STATUS: Final = "Cache-Status"
-VIA: Final = f"1.1 {PSEUDONYM}"
+VIA: Final = FIRST_VIA
 
 Headers: TypeAlias = CIMultiDict[str] | CIMultiDictProxy[str]
 
@@ -94,26 +95,48 @@ def for_origin(
     `identity` is the token of the verified user. The client's Authorization goes on only if `keep_authorization`, and
     what it says about where it comes from only if it is `trusted`.
     """
-    dropped = _connection_listed(request.headers)
-    headers: CIMultiDict[str] = CIMultiDict()
-    for name, value in request.headers.items():
-        lower = name.lower()
-        plain = lower.replace("_", "-")
-        if lower in HOP_BY_HOP or lower in _REWRITTEN or lower in dropped or claims_identity(lower):
+    given = request.headers
+    dropped = _connection_listed(given)
+    fields: list[tuple[str, str]] = []
+    for name, value in given.items():
+        crosses = _crosses(name)
+        if (
+            crosses is _Crosses.NEVER
+            or (crosses is _Crosses.IF_ASKED and not keep_authorization)
+            or (dropped and name.lower() in dropped)
+        ):
             continue
-        if (plain != lower and plain in _NEVER_MISSPELT) or says_where_from(plain) or plain == _ANSWERED:
-            continue
-        if lower == "authorization" and not keep_authorization:
-            continue
-        headers.add(name, value)
-    for name, value in where_from(request, trusted=trusted).items():
-        if not claims_identity(name):
-            headers.add(name, value)
-    headers["Via"] = via(request)
-    if (left := forwards_left(request)) is not None:
-        headers["Max-Forwards"] = left
+        fields.append((name, value))
+    if trusted:
+        fields.extend([field for field in where_from(request, trusted=True) if not claims_identity(field[0])])
+    else:
+        fields.extend(where_from(request, trusted=False))
+    fields.append(("Via", via(request)))
+    if request.method == "OPTIONS" and (left := forwards_left(request)) is not None:
+        fields = [field for field in fields if field[0].lower() != "max-forwards"]
+        fields.append(("Max-Forwards", left))
+    headers = CIMultiDict(fields)
     _describe(headers, identity)
     return headers
+
+
+class _Crosses(Enum):
+    """Whether a field of a client's request goes on."""
+
+    YES = auto()
+    IF_ASKED = auto()
+    NEVER = auto()
+
+
+@lru_cache(NAMES_REMEMBERED)
+def _crosses(name: str) -> _Crosses:
+    lower = name.lower()
+    plain = lower.replace("_", "-")
+    if lower in HOP_BY_HOP or lower in _REWRITTEN or claims_identity(lower):
+        return _Crosses.NEVER
+    if (plain != lower and plain in _NEVER_MISSPELT) or says_where_from(plain) or plain == _ANSWERED:
+        return _Crosses.NEVER
+    return _Crosses.IF_ASKED if lower == "authorization" else _Crosses.YES
 
 
 def for_fill(*, identity: str | None, freshness: CIMultiDict[str]) -> CIMultiDict[str]:
@@ -127,7 +150,34 @@ def for_fill(*, identity: str | None, freshness: CIMultiDict[str]) -> CIMultiDic
 
 def for_client(headers: Headers) -> CIMultiDict[str]:
     """The headers of an origin's answer that its client may see, and ours."""
-    return shown(end_to_end(headers))
+    dropped = _connection_listed(headers)
+    fields: list[tuple[str, str]] = []
+    said: list[str] = []
+    for name, value in headers.items():
+        shows = _shows(name)
+        if shows is _Shows.YES:
+            if not (dropped and name.lower() in dropped):
+                fields.append((name, value))
+        elif shows is _Shows.VIA:
+            said.append(value)
+    fields.append(("Via", ", ".join((*said, VIA)) if said else VIA))
+    return CIMultiDict(fields)
+
+
+class _Shows(Enum):
+    """Whether a field of an origin's answer goes on."""
+
+    YES = auto()
+    VIA = auto()
+    NO = auto()
+
+
+@lru_cache(NAMES_REMEMBERED)
+def _shows(name: str) -> _Shows:
+    lower = name.lower()
+    if lower == "via":
+        return _Shows.VIA
+    return _Shows.NO if _of_one_hop(name) or lower in _FOR_CACHES else _Shows.YES
 
 
 def shown(kept: CIMultiDict[str]) -> CIMultiDict[str]:

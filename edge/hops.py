@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
 
 from aiohttp import web
@@ -19,6 +20,9 @@ from infra.problem import Problem
 
 PSEUDONYM: Final = "weft"
 """How this edge, like all of them, calls itself in Via."""
+FIRST_VIA: Final = f"1.1 {PSEUDONYM}"
+REMEMBERED_MAX: Final = 1024
+"""Clients whose address, with the host they ask for, need not be written anew."""
 TIMES_MAX: Final = 8
 """A request that came through so many edges goes in circles. No name of one's own is needed to see that, and several
 processes that pass to each other see it too."""
@@ -63,27 +67,44 @@ def says_where_from(plain: str) -> bool:
     return plain in _FROM_NAMES or plain.startswith(_FROM_PREFIXES)
 
 
-def where_from(request: web.BaseRequest, *, trusted: bool) -> CIMultiDict[str]:
-    """What the edge says about where `request` comes from; added to what was said before if that is `trusted`."""
+def where_from(request: web.BaseRequest, *, trusted: bool) -> Iterable[tuple[str, str]]:
+    """Fields by which the edge says where `request` comes from, behind what was said before if that is `trusted`."""
     host, scheme, remote = request.headers.get("Host", ""), request.scheme, request.remote or ""
+    if not trusted:
+        return _seen_here(host, scheme, remote)
     said: CIMultiDict[str] = CIMultiDict()
-    if trusted:
-        for name, value in request.headers.items():
-            if says_where_from(name.lower()):
-                said.add(name, value)
-    elements = [f"for={_node(remote)}", *([f'host="{host}"'] if _quotable(host) else []), f"proto={scheme}"]
+    for name, value in request.headers.items():
+        if says_where_from(name.lower()):
+            said.add(name, value)
     addresses = [*said.popall("X-Forwarded-For", []), *([remote] if remote else [])]
-    said["Forwarded"] = ", ".join((*said.popall("Forwarded", []), ";".join(elements)))
+    said["Forwarded"] = ", ".join((*said.popall("Forwarded", []), _element(host, scheme, remote)))
     if addresses:
         said["X-Forwarded-For"] = ", ".join(addresses)
     said.setdefault("X-Forwarded-Host", host)
     said.setdefault("X-Forwarded-Proto", scheme)
-    return said
+    return said.items()
+
+
+@lru_cache(REMEMBERED_MAX)
+def _seen_here(host: str, scheme: str, remote: str) -> tuple[tuple[str, str], ...]:
+    return (
+        ("Forwarded", _element(host, scheme, remote)),
+        *((("X-Forwarded-For", remote),) if remote else ()),
+        ("X-Forwarded-Host", host),
+        ("X-Forwarded-Proto", scheme),
+    )
+
+
+def _element(host: str, scheme: str, remote: str) -> str:
+    """RFC 7239 §4."""
+    return ";".join((f"for={_node(remote)}", *([f'host="{host}"'] if _quotable(host) else []), f"proto={scheme}"))
 
 
 def via(request: web.BaseRequest) -> str:
     """The Via that goes on: the protocol is the one the request came in."""
     version = request.version
+    if "Via" not in request.headers and version.minor == 1:
+        return FIRST_VIA
     return ", ".join((*request.headers.getall("Via", []), f"{version.major}.{version.minor} {PSEUDONYM}"))
 
 

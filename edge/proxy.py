@@ -14,41 +14,32 @@ import logging
 import socket
 import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Final, Literal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any, Final, Literal
 
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
 
 from edge import interim, timing
 from edge.balancer import Balancer, Origin
+from edge.connections import CONNECT_TIMEOUT_S, IDLE_S, Answer, Connections, OriginBroken, Tell, Unanswered, Unreachable
 from edge.headers import for_client
 from infra.metrics import Metrics
 from infra.problem import Problem
 
-
-class OriginBroken(Exception):
-    """The origin's answer ended before it was whole."""
-
-
-class Unanswered(Exception):
-    """The connection was lost between the request and the answer's headers."""
-
-
-CONNECT_TIMEOUT_S: Final = 2.0
 READ_TIMEOUT_S: Final = 60.0
 """Between two chunks of an answer; event streams have none, their heartbeats are between origin and client."""
 BODY_IDLE_S_MAX: Final = 30.0
 """How long a client may pause within its body; aiohttp also leaves a body broken in its framing waiting for more."""
-IDLE_S: Final = 15.0
-"""Connections to origins are kept this long, less than servers keep theirs, so that we are the one to close."""
 CHECK_S: Final = 0.25
 """Between two looks at which clients are still there."""
 ONE_WRITE_BYTES_MAX: Final = 64 * 1024
 """An answer of known size up to this goes out in one write if it came in as one."""
+
+KINDS_REMEMBERED: Final = 256
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 IDEMPOTENT_METHODS: Final = SAFE_METHODS | {"PUT", "DELETE"}
@@ -119,20 +110,10 @@ class Presence:
         """Whose event streams may not begin: asked when one does, since what it was let in with may have been revoked
         while the origin took its time."""
 
-    @contextmanager
-    def of(self, request: web.BaseRequest) -> Generator[Present]:
-        """While inside, the current task is cancelled when the client of `request` leaves; the cancellation becomes a
-        ConnectionResetError on the way out."""
-        present = Present(request)
-        self._present.add(present)
-        try:
-            yield present
-        except asyncio.CancelledError:
-            if not present.take_back():
-                raise
-            raise ConnectionResetError("the client left") from None
-        finally:
-            self._present.discard(present)
+    def of(self, request: web.BaseRequest) -> Present:
+        """For `with`: inside, the current task is cancelled when the client of `request` leaves; that then becomes
+        a ConnectionResetError on the way out."""
+        return Present(request, self._present)
 
     async def run(self, draining: asyncio.Event) -> None:
         """Watch until cancelled. One look at all of them costs less than a watcher each."""
@@ -166,13 +147,23 @@ class Presence:
 
 
 class Present:
-    __slots__ = ("_ending", "_task", "request", "streaming")
+    __slots__ = ("_ending", "_others", "_task", "request", "streaming")
 
-    def __init__(self, request: web.BaseRequest) -> None:
+    def __init__(self, request: web.BaseRequest, others: set[Present]) -> None:
         self.request = request
+        self._others = others
         self._task = asyncio.current_task()
         self._ending: Ending | None = None
         self.streaming = False
+
+    def __enter__(self) -> Present:
+        self._others.add(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        self._others.discard(self)
+        if isinstance(exc, asyncio.CancelledError) and self.take_back():
+            raise ConnectionResetError("the client left") from None
 
     def has_left(self) -> bool:
         transport = self.request.transport
@@ -219,7 +210,7 @@ class Upstream:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        connections: Connections,
         balancer: Balancer,
         metrics: Metrics,
         *,
@@ -228,7 +219,7 @@ class Upstream:
         budget: RetryBudget | None = None,
     ) -> None:
         self._budget = budget or RetryBudget()
-        self._session = session
+        self._connections = connections
         self._balancer = balancer
         self._headers_timeout_s = headers_timeout_s
         self._read_timeout_s = read_timeout_s
@@ -240,8 +231,7 @@ class Upstream:
             "edge_origin_retries_refused_total", "Requests not sent once more, because too many were."
         )
 
-    @asynccontextmanager
-    async def exchange(
+    def exchange(
         self,
         method: str,
         target: str,
@@ -249,37 +239,20 @@ class Upstream:
         body: RequestBody | None = None,
         *,
         headers_timeout_s: float | None = None,
-        on_interim: interim.Tell | None = None,
-    ) -> AsyncGenerator[aiohttp.ClientResponse]:
-        """The answer to a request, its headers read and its body to be read with `read`. Problem 502 or 504, or what
-        went wrong with `body`. `on_interim` is told of 1xx answers before."""
-        interim.listener.set(on_interim)
-        asked_at = time.perf_counter()
-        try:
-            timeout_s = headers_timeout_s or self._headers_timeout_s
-            origin, answer = await self._send(method, target, headers, body, timeout_s)
-        finally:
-            if (times := timing.current.get()) is not None:
-                times.origin_s = (times.origin_s or 0.0) + time.perf_counter() - asked_at
-        failed: bool | None = None
-        try:
-            yield answer
-            failed = False
-        except OriginBroken:
-            failed = True
-            self._failures.labels("broken").inc()
-            raise
-        finally:
-            answer.close()
-            origin.release(failed=failed)
+        on_interim: Tell | None = None,
+    ) -> Exchange:
+        """For `async with`: the answer to a request, its headers read, its body to be read with `read`. Problem 502 or
+        504, or what went wrong with `body`. `on_interim` is told of 1xx answers before."""
+        timeout_s = headers_timeout_s or self._headers_timeout_s
+        return Exchange(self, self._send(method, target, headers, body, timeout_s, on_interim))
 
-    async def read(self, answer: aiohttp.ClientResponse, *, events: bool = False) -> bytes:
+    async def read(self, answer: Answer, *, events: bool = False) -> bytes:
         """The next chunk of an answer's body, empty at its end. OriginBroken."""
-        try:
-            async with asyncio.timeout(None if events else self._read_timeout_s):
-                return await answer.content.readany()
-        except (aiohttp.ClientError, OSError, ValueError) as exc:
-            raise OriginBroken(str(exc) or type(exc).__name__) from exc
+        return await answer.read(None if events else self._read_timeout_s)
+
+    def broken(self) -> None:
+        """An answer ended before it was whole."""
+        self._failures.labels("broken").inc()
 
     async def _send(
         self,
@@ -288,33 +261,30 @@ class Upstream:
         headers: CIMultiDict[str],
         body: RequestBody | None,
         headers_timeout_s: float,
-    ) -> tuple[Origin, aiohttp.ClientResponse]:
+        on_interim: Tell | None,
+    ) -> tuple[Origin, Answer]:
         tried: list[Origin] = []
         arrived = False  # an attempt that may have been carried out, though its answer was lost
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = time.monotonic()
         self._budget.earn()
         while True:
             origin = self._balancer.pick(tried)
             tried.append(origin)
             try:
                 # One deadline for both attempts: who waits for an answer does not care how often it was asked for.
-                left_s = headers_timeout_s if len(tried) == 1 else began + headers_timeout_s - loop.time()
-                answer = await self._ask(origin, method, target, headers, body, left_s)
-                if answer.status == 101:
-                    answer.close()
-                    raise Unanswered("it switched protocols, which nobody asked for")
+                left_s = headers_timeout_s if len(tried) == 1 else began + headers_timeout_s - time.monotonic()
+                answer = await self._ask(origin, method, target, headers, body, left_s, on_interim)
                 if arrived and answer.status in REPEATED and method not in SAFE_METHODS:
                     answer.close()
                     raise _failure(method, unsent=False, timed_out=False)
                 return origin, answer
-            except (Unanswered, aiohttp.ClientError, OSError) as exc:
+            except (Unanswered, Unreachable, OSError) as exc:
                 if body is not None and body.failure is not None:
                     origin.release(failed=None)
                     raise body.failure from exc
                 origin.release(failed=True)
-                unsent = isinstance(exc, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-                timed_out = isinstance(exc, TimeoutError) and not unsent
+                unsent = isinstance(exc, Unreachable)
+                timed_out = isinstance(exc, TimeoutError)
                 self._failures.labels("unreachable" if unsent else "timeout" if timed_out else "broken").inc()
                 untouched = body is None or not body.started
                 if len(tried) == 1 and untouched and (unsent or (method in IDEMPOTENT_METHODS and not timed_out)):
@@ -337,23 +307,49 @@ class Upstream:
         headers: CIMultiDict[str],
         body: RequestBody | None,
         headers_timeout_s: float,
-    ) -> aiohttp.ClientResponse:
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(headers_timeout_s) as deadline:
-            if body is not None:
-                # The time to answer counts from the last byte the client sent; its pauses are not the origin's.
-                body.progress = lambda grace_s: deadline.reschedule(loop.time() + headers_timeout_s + grace_s)
-            try:
-                return await self._session.request(
-                    method,
-                    URL(origin.url + target, encoded=True),
-                    headers=headers,
-                    data=body.stream() if body is not None else None,
-                    allow_redirects=False,
-                )
-            finally:
-                if body is not None:
-                    body.progress = None
+        on_interim: Tell | None,
+    ) -> Answer:
+        pool = self._connections.to(origin.url)
+        return await pool.ask(method, target, headers, body, timeout_s=headers_timeout_s, tell=on_interim)
+
+
+class Exchange:
+    """A request under way to an origin, for `async with`."""
+
+    __slots__ = ("_answer", "_origin", "_sending", "_upstream")
+
+    def __init__(self, upstream: Upstream, sending: Coroutine[Any, Any, tuple[Origin, Answer]]) -> None:
+        self._upstream = upstream
+        self._sending = sending
+        self._origin: Origin | None = None
+        self._answer: Answer | None = None
+
+    async def open(self) -> Answer:
+        """The answer; asked for once. `close` is to follow, unless this raises."""
+        if self._answer is not None:
+            return self._answer
+        asked_at = time.perf_counter()
+        try:
+            self._origin, self._answer = await self._sending
+        finally:
+            if (times := timing.current.get()) is not None:
+                times.origin_s = (times.origin_s or 0.0) + time.perf_counter() - asked_at
+        return self._answer
+
+    def close(self, exc: BaseException | None = None) -> None:
+        """The answer is done with; `exc` is what became of it, if not all."""
+        assert self._origin is not None and self._answer is not None
+        broken = isinstance(exc, OriginBroken)
+        if broken:
+            self._upstream.broken()
+        self._answer.close()
+        self._origin.release(failed=True if broken else False if exc is None else None)
+
+    async def __aenter__(self) -> Answer:
+        return await self.open()
+
+    async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        self.close(exc)
 
 
 class Proxy:
@@ -404,7 +400,7 @@ class Proxy:
     async def relay(
         self,
         request: web.BaseRequest,
-        answer: aiohttp.ClientResponse,
+        answer: Answer,
         headers: CIMultiDict[str],
         present: Present,
     ) -> web.StreamResponse:
@@ -432,28 +428,16 @@ class Proxy:
 
 
 def make_session() -> aiohttp.ClientSession:
-    """The client session of an edge: nothing decoded, remembered or added, connections kept."""
+    """For what an edge asks on its own account: nothing decoded, remembered or added, connections kept."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
-        middlewares=(_once,),
-        response_class=interim.Response,
         skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         max_line_size=32 * 1024,
         max_field_size=32 * 1024,
     )
-
-
-async def _once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """For the session: aiohttp repeats by itself what a kept connection lost; whether to is for `Upstream` to say."""
-    try:
-        return await handler(request)
-    except aiohttp.ClientConnectorError:
-        raise
-    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as exc:
-        raise Unanswered(str(exc) or type(exc).__name__) from exc
 
 
 def reset_connection(request: web.BaseRequest) -> None:
@@ -473,8 +457,13 @@ def target_of(request: web.BaseRequest) -> str:
     return raw if raw.startswith("/") else request.rel_url.raw_path_qs
 
 
-def is_event_stream(answer: aiohttp.ClientResponse) -> bool:
-    return answer.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "text/event-stream"
+def is_event_stream(answer: Answer) -> bool:
+    return _is_events(answer.headers.get("Content-Type", ""))
+
+
+@lru_cache(KINDS_REMEMBERED)
+def _is_events(kind: str) -> bool:
+    return kind.partition(";")[0].strip().lower() == "text/event-stream"
 
 
 def check_declared_size(request: web.BaseRequest, bytes_max: int) -> None:

@@ -24,8 +24,9 @@ from typing import Final, TypeAlias
 from aiohttp import web
 from multidict import CIMultiDict
 
+from edge.connections import OriginBroken
 from edge.headers import VERSION_HEADER, for_client, version_of
-from edge.proxy import OriginBroken, Presence, Present, Upstream, is_event_stream, reset_connection, target_of
+from edge.proxy import Presence, Present, Upstream, is_event_stream, reset_connection, target_of
 from infra.identity import Principal
 from infra.metrics import Metrics
 from infra.problem import Problem

@@ -12,7 +12,6 @@ from contextvars import ContextVar
 from typing import Final
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 HEADER: Final = "Server-Timing"
 
@@ -38,14 +37,8 @@ current: ContextVar[Timing | None] = ContextVar("timing", default=None)
 """Of the request being handled; a fetch made for it in a task of its own sees it too."""
 
 
-@web.middleware
-async def timing_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    current.set(Timing())
-    return await handler(request)
-
-
-async def add_timing(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    """For `on_response_prepare`."""
+def add_timing(response: web.StreamResponse) -> None:
+    """To a response about to be sent."""
     timing = current.get()
     if timing is not None and (said := timing.header()) is not None:
         response.headers.add(HEADER, said)

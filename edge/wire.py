@@ -18,7 +18,6 @@ from enum import Enum
 from typing import Any, Final, cast
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from edge.fastpath import Memo
 from edge.framing import (
@@ -31,6 +30,7 @@ from edge.framing import (
     skip_empty_lines,
 )
 from edge.pipe import Pipe
+from edge.whole import SENT_AND_KEPT, SENT_AND_LAST, as_bytes, is_whole
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.metrics import Metrics
 from infra.problem import CONTENT_TYPE, Problem
@@ -139,20 +139,40 @@ class Wire:
         metrics.gauge("edge_connections", "Connections of clients now.", callback=lambda: len(self._connections))
 
     def over(self, server: web.Server) -> Callable[[], Connection]:
-        """The protocol factory to listen with: connections whose requests `server` answers. Its application must
-        have `self.middleware` as its outermost but for those that only count."""
+        """The protocol factory to listen with: connections whose requests `server` answers. Its handler must `finish`
+        each."""
         return lambda: Connection(self, server)
 
-    @web.middleware
-    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Writes the answer to its end, so that its connection knows of it: the next request can go on."""
-        try:
-            response = await handler(request)
-        except web.HTTPException as exc:
-            await self._finish(request, exc)
-            raise
-        await self._finish(request, response)
-        return response
+    async def finish(
+        self,
+        request: web.BaseRequest,
+        response: web.StreamResponse,
+        route: str,
+        prepare: Callable[[web.StreamResponse], None],
+    ) -> web.StreamResponse:
+        """Write the answer to a request of `route` to its end, so that its connection knows of it and goes on; what is
+        left of it for aiohttp. `prepare` completes the headers of what `request` itself does not prepare."""
+        dated = "Date" in response.headers
+        pipe = request.transport
+        if is_whole(response):
+            if pipe is None or pipe.is_closing():
+                raise ConnectionResetError("the client left")
+            prepare(response)
+            asked = response.keep_alive
+            keep_alive = request.keep_alive if asked is None else asked
+            pipe.write(as_bytes(request, response, self.clock.time(), keep_alive=keep_alive))
+            left: web.StreamResponse = SENT_AND_KEPT if keep_alive else SENT_AND_LAST
+        else:
+            await response.prepare(request)
+            await response.write_eof()
+            keep_alive = bool(response.keep_alive)
+            pipe = request.transport
+            left = response
+        if isinstance(pipe, Pipe) and (connection := pipe.connection) is not None:
+            if keep_alive and self.memo is not None and connection.raw:
+                self.memo.keep(connection.raw, request, response, route, dated=dated)
+            connection.answered(keep_alive=keep_alive)
+        return left
 
     async def run(self) -> None:
         """Keep the deadlines until cancelled. One look at all connections costs less than a timer for each."""
@@ -214,16 +234,6 @@ class Wire:
     def statistics(self) -> WireStatistics:
         idle = sum(connection.idle for connection in self._connections)
         return WireStatistics(len(self._connections), idle, len(self._addresses))
-
-    async def _finish(self, request: web.Request, response: web.StreamResponse) -> None:
-        dated = "Date" in response.headers
-        await response.prepare(request)
-        await response.write_eof()
-        pipe = request.transport
-        if isinstance(pipe, Pipe) and (connection := pipe.connection) is not None:
-            if self.memo is not None and connection.raw:
-                self.memo.keep(connection.raw, request, response, dated=dated)
-            connection.answered(keep_alive=bool(response.keep_alive))
 
     def _shed(self) -> bool:
         """Free some places: those of the connections that have sent no whole request for longest."""

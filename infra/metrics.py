@@ -91,7 +91,7 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
-    async def metrics_handler(self, request: web.Request) -> web.Response:
+    async def metrics_handler(self, request: web.BaseRequest) -> web.Response:
         """`GET /metrics`."""
         body, content_type = self.text(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})

@@ -98,29 +98,37 @@ def problem_middleware(translate: Callable[[Exception], Problem | None]) -> Midd
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
-        except Problem as exc:
-            problem = exc
-        except web.HTTPException as exc:
-            if exc.status < 400:
-                raise
-            problem = _from_http(exc)
-        except ConnectionResetError:
-            raise
         except Exception as exc:
-            translated = translate(exc)
-            if translated is None:
-                log.exception("%s %s failed", request.method, request.path)
-                detail = "The server failed to handle the request; quote the trace_id when reporting it."
-                translated = Problem(500, "internal", detail, title="Internal server error")
-            problem = translated
-        if request.writer.output_size > 0:
-            # The answer has begun: a second one inside its body would be read as content. Cutting the
-            # connection is the one way left to tell the reader that what arrived is not whole.
-            log.warning("%s %s failed while answering: %s", request.method, request.path, problem)
-            raise ConnectionResetError("the answer had begun")
-        return problem_response(problem)
+            return answer_to(exc, request, translate)
 
     return middleware
+
+
+def answer_to(
+    exc: Exception, request: web.BaseRequest, translate: Callable[[Exception], Problem | None]
+) -> web.Response:
+    """The problem that answers `request`, whose handler raised `exc`; raises what is for nobody to read."""
+    if isinstance(exc, Problem):
+        problem = exc
+    elif isinstance(exc, web.HTTPException):
+        if exc.status < 400:
+            raise exc
+        problem = _from_http(exc)
+    elif isinstance(exc, ConnectionResetError):
+        raise exc
+    else:
+        translated = translate(exc)
+        if translated is None:
+            log.error("%s %s failed", request.method, request.path, exc_info=exc)
+            detail = "The server failed to handle the request; quote the trace_id when reporting it."
+            translated = Problem(500, "internal", detail, title="Internal server error")
+        problem = translated
+    if request.writer.output_size > 0:
+        # The answer has begun: a second one inside its body would be read as content. Cutting the
+        # connection is the one way left to tell the reader that what arrived is not whole.
+        log.warning("%s %s failed while answering: %s", request.method, request.path, problem)
+        raise ConnectionResetError("the answer had begun")
+    return problem_response(problem)
 
 
 def _from_http(exc: web.HTTPException) -> Problem:

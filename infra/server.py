@@ -14,8 +14,8 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import Any, Final, Protocol
 
 import orjson
@@ -103,15 +103,23 @@ class Lifecycle:
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Counts the requests under way; `serve` installs it."""
-        self.in_flight += 1
-        self._idle.clear()
+        """Counts the requests under way; `serve` installs it in an application."""
+        self.begin()
         try:
             return await handler(request)
         finally:
-            self.in_flight -= 1
-            if self.in_flight == 0:
-                self._idle.set()
+            self.end()
+
+    def begin(self) -> None:
+        """A request is being handled; `end` is to follow."""
+        self.in_flight += 1
+        if self.in_flight == 1:
+            self._idle.clear()
+
+    def end(self) -> None:
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._idle.set()
 
     async def _run_check(self, check: Callable[[], Awaitable[str | None]]) -> str:
         try:
@@ -148,15 +156,36 @@ class Front(Protocol):
         ...
 
 
+class Service(Protocol):
+    """What answers requests without an application around it, which costs more than most answers."""
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """Its background work."""
+        ...
+
+    def server(self, **options: Any) -> web.Server:
+        """aiohttp's low-level server of its handler. The handler counts with `Lifecycle.begin` and `end`, and says that
+        a connection ends with its answer while the process drains."""
+        ...
+
+
 def add_health_routes(app: web.Application, lifecycle: Lifecycle) -> None:
+    """The routes of `health_handlers`."""
+    for path, handler in health_handlers(lifecycle).items():
+        app.router.add_get(path, handler)
+
+
+def health_handlers(
+    lifecycle: Lifecycle,
+) -> Mapping[str, Callable[[web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]]]:
     """`GET /healthz`: 200 while the process lives. `GET /readyz`: 200 or 503
     `{"ready":bool,"checks":{name:"ok"|reason}}`.
     """
 
-    async def healthz(request: web.Request) -> web.Response:
+    async def healthz(request: web.BaseRequest) -> web.Response:
         return web.json_response({"status": "alive"}, headers={"Cache-Control": "no-store"})
 
-    async def readyz(request: web.Request) -> web.Response:
+    async def readyz(request: web.BaseRequest) -> web.Response:
         ready = await lifecycle.check()
         checks = lifecycle.statuses
         if lifecycle.draining.is_set():
@@ -168,12 +197,11 @@ def add_health_routes(app: web.Application, lifecycle: Lifecycle) -> None:
             headers={"Cache-Control": "no-store"},
         )
 
-    app.router.add_get("/healthz", healthz)
-    app.router.add_get("/readyz", readyz)
+    return {"/healthz": healthz, "/readyz": readyz}
 
 
 async def serve(
-    app: web.Application,
+    app: web.Application | Service,
     host: str,
     port: int,
     *,
@@ -207,28 +235,29 @@ async def serve(
     for which in STOP_SIGNALS:
         loop.add_signal_handler(which, on_signal, which)
 
-    async def close_connections_when_draining(request: web.Request, response: web.StreamResponse) -> None:
-        # A kept-alive connection closed under a client's next request is a lost request; a client told so is
-        # not.
-        if lifecycle.draining.is_set():
-            response.force_close()
-            response.headers["Connection"] = "close"
+    async def when_draining(request: web.Request, response: web.StreamResponse) -> None:
+        close_when_draining(lifecycle, response)
 
     server_logger.addFilter(_not_a_broken_body)
-    app.middlewares.insert(0, lifecycle.middleware)
-    app.on_response_prepare.append(close_connections_when_draining)
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        keepalive_timeout=KEEPALIVE_S if front is None else _FOR_EVER_S,
-        shutdown_timeout=CUT_S,
-        max_line_size=HEADER_LINE_BYTES_MAX,
-        max_field_size=HEADER_LINE_BYTES_MAX,
-        max_headers=HEADER_FIELDS_MAX,
-        auto_decompress=auto_decompress,
-    )
+    options: dict[str, Any] = {
+        "access_log": None,
+        "keepalive_timeout": KEEPALIVE_S if front is None else _FOR_EVER_S,
+        "max_line_size": HEADER_LINE_BYTES_MAX,
+        "max_field_size": HEADER_LINE_BYTES_MAX,
+        "max_headers": HEADER_FIELDS_MAX,
+        "auto_decompress": auto_decompress,
+    }
+    if isinstance(app, web.Application):
+        app.middlewares.insert(0, lifecycle.middleware)
+        app.on_response_prepare.append(when_draining)
+        runner = web.AppRunner(app, shutdown_timeout=CUT_S, **options)
+    else:
+        runner = web.ServerRunner(app.server(**options), shutdown_timeout=CUT_S)
     servers: list[asyncio.Server] = []
+    background = AsyncExitStack()
     try:
+        if not isinstance(app, web.Application):
+            await background.enter_async_context(app.running())
         await runner.setup()
         assert runner.server is not None
         factory = runner.server if front is None else front.over(runner.server)
@@ -271,8 +300,17 @@ async def serve(
         for sock in sockets:
             sock.close()
         await runner.cleanup()
+        await background.aclose()
         for which in STOP_SIGNALS:
             loop.remove_signal_handler(which)
+
+
+def close_when_draining(lifecycle: Lifecycle, response: web.StreamResponse) -> None:
+    """For a response about to be sent: a kept-alive connection closed under a client's next request is a lost
+    request; a client told so is not."""
+    if lifecycle.draining.is_set():
+        response.force_close()
+        response.headers["Connection"] = "close"
 
 
 @web.middleware

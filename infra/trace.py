@@ -39,11 +39,14 @@ class Trace:
     @classmethod
     def new(cls, rng: Random | None = None) -> Trace:
         """A fresh trace; a seeded `rng` makes it repeatable."""
-        return cls(_identifier(16, rng), _identifier(8, rng))
+        digits = f"{(_RANDOM if rng is None else rng).getrandbits(192):048x}"
+        trace_id, span_id = digits[:32], digits[32:]
+        return cls(trace_id, span_id) if trace_id != _NO_TRACE and span_id != _NO_SPAN else cls.new(rng)
 
     def child(self, rng: Random | None = None) -> Trace:
         """The same trace, a new span: what a call to another process carries."""
-        return Trace(self.trace_id, _identifier(8, rng), self.sampled)
+        span_id = f"{(_RANDOM if rng is None else rng).getrandbits(64):016x}"
+        return Trace(self.trace_id, span_id, self.sampled) if span_id != _NO_SPAN else self.child(rng)
 
     def __str__(self) -> str:
         return f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"
@@ -76,15 +79,12 @@ async def trace_middleware(request: web.Request, handler: Handler) -> web.Stream
     """Outermost middleware: a child of the caller's trace, or a new one, is current while the request is
     handled.
     """
-    caller = parse(request.headers.get(HEADER))
-    # Never reset: aiohttp handles each request in a task, and so in a context, of its own.
-    current_trace.set(caller.child() if caller is not None else Trace.new())
+    begin_trace(request)
     return await handler(request)
 
 
-def _identifier(size: int, rng: Random | None) -> str:
-    source = _RANDOM if rng is None else rng
-    while True:
-        value = source.randbytes(size)
-        if any(value):
-            return value.hex()
+def begin_trace(request: web.BaseRequest) -> None:
+    """What `trace_middleware` does, for who has no middlewares."""
+    caller = parse(request.headers.get(HEADER))
+    # Never reset: aiohttp handles each request in a task, and so in a context, of its own.
+    current_trace.set(caller.child() if caller is not None else Trace.new())

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from yarl import URL
 
-from edge.app import EDGE, Edge, build_app
+from edge.app import Edge
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IDENTITY_HEADER, SERVER_IDENTITY_HEADER, IdentitySigner, IdentityVerifier, write_peer_key
 from infra.server import HEADER_LINE_BYTES_MAX, Front, Lifecycle
@@ -45,10 +45,20 @@ async def until(condition: Callable[[], object], what: str = "") -> None:
 
 
 @asynccontextmanager
-async def serving(app: web.Application, front: Front | None = None, **options: Any) -> AsyncIterator[int]:
+async def serving(app: web.Application | Edge, front: Front | None = None, **options: Any) -> AsyncIterator[int]:
     """`app` on a free port of this machine, run as `infra.server` runs it: a client that leaves cancels no handler."""
-    limits = {"max_line_size": HEADER_LINE_BYTES_MAX, "max_field_size": HEADER_LINE_BYTES_MAX}
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, **limits, **options)
+    options |= {"access_log": None, "max_line_size": HEADER_LINE_BYTES_MAX, "max_field_size": HEADER_LINE_BYTES_MAX}
+    async with AsyncExitStack() as stack:
+        if isinstance(app, Edge):
+            await stack.enter_async_context(app.running())
+            runner: Any = web.ServerRunner(app.server(**options), shutdown_timeout=0.1)
+        else:
+            runner = web.AppRunner(app, shutdown_timeout=0.1, **options)
+        yield await stack.enter_async_context(_listening(runner, front))
+
+
+@asynccontextmanager
+async def _listening(runner: Any, front: Front | None) -> AsyncIterator[int]:
     await runner.setup()
     assert runner.server is not None
     factory = runner.server if front is None else front.over(runner.server)
@@ -372,13 +382,13 @@ async def start_edge(signer: Signer, jwks_file: Path, peer_key_file: Path) -> As
                 settings, server=msgspec.structs.replace(settings.server, body_bytes_max=body_bytes_max)
             )
             lifecycle = Lifecycle()
-            app = await build_app(settings, lifecycle, clock=clock)
-            port = await stack.enter_async_context(serving(app, app[EDGE].wire, auto_decompress=False))
+            started = Edge(settings, lifecycle, clock=clock)
+            port = await stack.enter_async_context(serving(started, started.wire, auto_decompress=False))
             client = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
             url = f"http://127.0.0.1:{port}"
-            running = RunningEdge(app[EDGE], lifecycle, url, port, client, signer, signer.token())
+            running = RunningEdge(started, lifecycle, url, port, client, signer, signer.token())
             if region is not None and live:
-                await until(app[EDGE].feed.live, "the feed is live")
+                await until(started.feed.live, "the feed is live")
             return running
 
         yield start

@@ -15,7 +15,7 @@ import aiohttp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.app import EDGE, Edge, build_app
+from edge.app import Edge
 from infra.server import Lifecycle
 from infra.settings import AuthSettings, EdgeSettings, IssuerSettings, Settings
 from tests.edge.cacheorigin import Answer, Origin, running_origin
@@ -198,9 +198,9 @@ async def play(history: list[tuple[Any, ...]], jwks: Path) -> None:
     async with running_origin(Source(clock)) as origin:
         limits = {"cache_outage_s": OUTAGE_S, "cache_entry_bytes_max": 64 * 1024, "cache_bytes_max": 1 << 20}
         edge = EdgeSettings(origins=(origin.url,), public=("/open",), **limits)
-        app = await build_app(Settings(edge=edge, auth=AuthSettings(issuers)), Lifecycle(), clock=clock)
+        app = Edge(Settings(edge=edge, auth=AuthSettings(issuers)), Lifecycle(), clock=clock)
         async with serving(app, auto_decompress=False) as port, aiohttp.ClientSession() as client:
-            world = World(origin, app[EDGE], f"http://127.0.0.1:{port}", client, clock)
+            world = World(origin, app, f"http://127.0.0.1:{port}", client, clock)
             for step in history:
                 await world.step(step)
             await world.release()

@@ -6,13 +6,13 @@ import asyncio
 import json
 import re
 
-import aiohttp
 import pytest
 from multidict import CIMultiDict
 
 from edge.balancer import Balancer
+from edge.connections import Connections, Unanswered
 from edge.hops import TIMES_MAX
-from edge.proxy import RETRIES_MAX, RETRY_SHARE, RetryBudget, Unanswered, Upstream
+from edge.proxy import RETRIES_MAX, RETRY_SHARE, RetryBudget, Upstream
 from edge.timing import Timing
 from infra.metrics import Metrics
 from infra.problem import Problem
@@ -247,15 +247,14 @@ async def test_both_attempts_have_one_deadline():
     given: list[float] = []
 
     class Breaking(Upstream):
-        async def _ask(self, origin, method, target, headers, body, headers_timeout_s):
+        async def _ask(self, origin, method, target, headers, body, headers_timeout_s, on_interim):
             given.append(headers_timeout_s)
             await asyncio.sleep(0.05)
             raise Unanswered("nothing")
 
-    async with aiohttp.ClientSession() as session:
-        balancer = Balancer(["http://127.0.0.1:1"])
-        upstream = Breaking(session, balancer, Metrics(process=False), headers_timeout_s=30.0)
-        with pytest.raises(Problem):
-            async with upstream.exchange("GET", "/", CIMultiDict()):
-                pass
+    balancer = Balancer(["http://127.0.0.1:1"])
+    upstream = Breaking(Connections(), balancer, Metrics(process=False), headers_timeout_s=30.0)
+    with pytest.raises(Problem):
+        async with upstream.exchange("GET", "/", CIMultiDict()):
+            pass
     assert given[0] == 30.0 and given[1] <= 30.0 - 0.049
