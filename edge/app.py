@@ -24,6 +24,8 @@ from aiohttp.http import SERVER_SOFTWARE
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from edge import timing
+from edge.assets.serve import PREFIX as ASSETS_PREFIX
+from edge.assets.serve import Assets
 from edge.auth import REALM, AuthProblem, TokenVerifier, TrustedIssuer, VerifiedToken
 from edge.balancer import Balancer
 from edge.cache import HttpCache
@@ -114,6 +116,7 @@ class Edge:
         memo = None
         if edge.fastpath_bytes_max:
             memo = Memo(self.metrics, size_bytes_max=edge.fastpath_bytes_max, clock=clock)
+        self.assets = Assets(edge.assets, clock=clock) if edge.assets is not None else None
         self.wire = Wire(WireLimits.of(edge), self.metrics, memo=memo, clock=clock)
         self._session = make_session()
         self._connections = Connections()
@@ -232,6 +235,8 @@ class Edge:
         access = self._rules.access(path)
         if access is Access.NEVER:
             raise Problem(404, "not-found", "Nothing is served at this path.")
+        if access is Access.OPEN and self.assets is not None and path.startswith(ASSETS_PREFIX):
+            return await self.assets.answer(request, path)
         if access is Access.OPEN:
             return await self.cache.handle(
                 request,
@@ -288,6 +293,9 @@ class Edge:
             "presence": self.presence.run(self._lifecycle.draining),
             "wire": self.wire.run(),
         }
+        if self.assets is not None:
+            await self.assets.look()
+            work["assets"] = self.assets.run()
         if self.feed is not None:
             work["feed"] = self.feed.run()
         for issuer, keys in self._keys.items():
@@ -472,6 +480,8 @@ class Edge:
         cache = self.cache
         metrics.gauge("edge_cache_entries", "URLs with answers held.", callback=lambda: cache.statistics().items)
         metrics.gauge("edge_cache_bytes", "What they weigh.", callback=lambda: cache.statistics().size_bytes)
+        if (assets := self.assets) is not None:
+            metrics.gauge("edge_assets_names", "Names of assets served.", callback=lambda: len(assets))
         revocations = self.revocations
         metrics.gauge("edge_revocations", "Tokens and subjects refused by name.", callback=lambda: len(revocations))
         metrics.gauge(
