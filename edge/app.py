@@ -25,8 +25,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from edge.auth import REALM, AuthProblem, TokenVerifier, TrustedIssuer, VerifiedToken
 from edge.balancer import Balancer
 from edge.cache import HttpCache
-from edge.console.serve import Console
 from edge.coherent import ENTRY_BYTES_MAX, REPEAT, Ask, Coherent, Fetched
+from edge.console.serve import Console
 from edge.fastpath import OFFER, Memo, Offer
 from edge.feed import Feed
 from edge.headers import CACHE_STATUS, POSITION_HEADER, for_client, for_fill, for_origin, position_of

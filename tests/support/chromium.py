@@ -271,5 +271,3 @@ async def _address(port_file: Path, process: asyncio.subprocess.Process) -> str:
         if monotonic() > deadline:
             raise AssertionError("Chromium was not ready in time")
         await asyncio.sleep(0.05)
-
-

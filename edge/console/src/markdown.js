@@ -51,7 +51,7 @@ export function codeBlock(text, language = "") {
   highlight(code, language);
   const copier = h("button", { type: "button", class: "button bare copier", "aria-label": "Copy the code", title: "Copy",
     onclick: (event) => copy(text, "Code", event.currentTarget) }, icon("copy"));
-  return h("figure", { class: "code" },
-    h("figcaption", {}, h("span", {}, language || "text"), copier),
+  return h("figure", { class: language ? "code" : "code plain" },
+    h("figcaption", {}, language ? h("span", {}, language) : null, copier),
     h("pre", { tabindex: "0", "aria-label": language ? `Code, ${language}` : "Code" }, code));
 }
