@@ -31,7 +31,7 @@ OPTIONS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--no-default-browser-check",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
     "--disable-dev-shm-usage", "--hide-scrollbars", "--mute-audio", "--remote-debugging-port=0",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    "--host-resolver-rules=MAP *.test 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )  # fmt: skip
 KEYS = {"Enter": ("Enter", "\r", 13), "Escape": ("Escape", "", 27), "Tab": ("Tab", "", 9), "End": ("End", "", 35),
         "ArrowDown": ("ArrowDown", "", 40), "ArrowUp": ("ArrowUp", "", 38)}  # fmt: skip
@@ -62,6 +62,7 @@ class Page:
     requested: list[str] = field(default_factory=list)
     responses: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
     """Status and headers of the last answer of each address."""
+    _answer: dict[str, Any] | None = None
 
     async def send(self, method: str, **params: Any) -> Any:
         return await self.browser.send(method, params, self.session)
@@ -140,8 +141,21 @@ class Page:
             "Network.emulateNetworkConditions", offline=yes, latency=0, downloadThroughput=-1, uploadThroughput=-1
         )
 
-    async def close(self) -> None:
-        await self.browser.send("Target.closeTarget", {"targetId": self.target})
+    async def fulfil(self, pattern: str | None, body: str = "", kind: str = "text/plain", *, status: int = 200) -> None:
+        """Answer what is asked for at `pattern` from here; None: let everything through again, what is held too."""
+        if pattern is None:
+            self._answer = None
+            await self.send("Fetch.disable")
+            return
+        headers = [{"name": "Content-Type", "value": kind}]
+        encoded = base64.b64encode(body.encode()).decode()
+        self._answer = {"responseCode": status, "responseHeaders": headers, "body": encoded}
+        await self.send("Fetch.enable", patterns=[{"urlPattern": pattern}])
+
+    async def hold(self, pattern: str) -> None:
+        """Leave what is asked for at `pattern` without an answer, until `fulfil(None)`."""
+        self._answer = None
+        await self.send("Fetch.enable", patterns=[{"urlPattern": pattern}])
 
     def hear(self, method: str, params: dict[str, Any]) -> None:
         match method:
@@ -163,6 +177,8 @@ class Page:
                 answer = params["response"]
                 headers = {name.lower(): value for name, value in answer["headers"].items()}
                 self.responses[answer["url"]] = (answer["status"], headers)
+            case "Fetch.requestPaused" if self._answer is not None:
+                self.browser.later(self.send("Fetch.fulfillRequest", requestId=params["requestId"], **self._answer))
             case "Page.javascriptDialogOpening":
                 self.trouble.append(f"dialog: {params['message']}")
                 dismiss = self.send("Page.handleJavaScriptDialog", accept=False)

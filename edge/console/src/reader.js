@@ -222,8 +222,8 @@ export class Reader {
     this.about.replaceChildren(
       h("span", { class: `mark ${thread.visibility}` }, icon(mark), visibility),
       h("span", { title: "Owner" }, thread.owner), this.count,
-      h("time", { datetime: thread.created_at, title: "Begun" }, when(thread.created_at)),
-      h("span", { title: "The region that orders its writes" }, thread.origin_region),
+      h("time", { class: "wide", datetime: thread.created_at, title: "Begun" }, when(thread.created_at)),
+      h("span", { class: "wide", title: "The region that orders its writes" }, thread.origin_region),
       ...(thread.archived ? [h("span", { class: "mark" }, "Archived")] : []),
       ...(thread.visibility === "public" ? [h("a", { href: `/t/${encodeURIComponent(this.id)}`, target: "_blank", rel: "noopener" }, "Public page")] : []));
   }
@@ -395,21 +395,27 @@ export class Reader {
     this.focusOn(article);
     for (const other of this.messages.querySelectorAll(".target")) other.classList.remove("target");
     article.classList.add("target");
-    // What lies between is laid out as it comes near, and changes size then.
-    const until = performance.now() + SETTLE_MS;
-    let moved = false;
-    const stop = () => (moved = true);
-    for (const name of ["wheel", "touchmove", "keydown"]) this.scroller.addEventListener(name, stop, { once: true, passive: true });
-    const settle = () => {
-      if (moved || this.closed.signal.aborted || performance.now() > until) return;
-      article.scrollIntoView({ block: "start", behavior: "instant" });
-      requestAnimationFrame(settle);
-    };
-    settle();
+    this.settle(() => article.scrollIntoView({ block: "start", behavior: "instant" }));
     return true;
   }
 
+  /** Move, and again while what lies between is laid out and changes size, unless somebody moves meanwhile. */
+  settle(move) {
+    const until = performance.now() + SETTLE_MS;
+    const mine = (this.settling = {});
+    for (const name of ["wheel", "touchmove", "keydown"]) {
+      this.scroller.addEventListener(name, () => (this.settling = null), { once: true, passive: true });
+    }
+    const again = () => {
+      if (this.settling !== mine || this.closed.signal.aborted || performance.now() > until) return;
+      move();
+      requestAnimationFrame(again);
+    };
+    again();
+  }
+
   focusOn(article) {
+    this.settling = null;
     this.fill(article);
     article.focus({ preventScroll: true });
     article.scrollIntoView({ block: "start", behavior: "instant" });
@@ -439,6 +445,7 @@ export class Reader {
   }
 
   first() {
+    this.settling = null;
     this.scroller.scrollTop = 0;
     const shown = [...this.messages.children].find((article) => !article.hidden);
     if (shown) this.focusOn(shown);
@@ -453,12 +460,7 @@ export class Reader {
   }
 
   toEnd() {
-    const until = performance.now() + SETTLE_MS;
-    const settle = () => {
-      this.scroller.scrollTop = this.scroller.scrollHeight;
-      if (performance.now() < until && !this.closed.signal.aborted) requestAnimationFrame(settle);
-    };
-    settle();
+    this.settle(() => (this.scroller.scrollTop = this.scroller.scrollHeight));
     this.caughtUp();
   }
 
