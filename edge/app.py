@@ -31,6 +31,7 @@ from edge.balancer import Balancer
 from edge.cache import HttpCache
 from edge.coherent import ENTRY_BYTES_MAX, REPEAT, Ask, Coherent, Fetched
 from edge.connections import Connections, OriginBroken
+from edge.console.serve import Console
 from edge.fastpath import OFFER, Memo, Offer
 from edge.feed import Feed
 from edge.headers import CACHE_STATUS, POSITION_HEADER, for_client, for_fill, for_origin, position_of
@@ -156,6 +157,8 @@ class Edge:
         self._signer: IdentitySigner | None = None
         self.feed: Feed | None = None
         self.coherent: Coherent | None = None
+        # A plain proxy has no console: what is at `/` is its origin's.
+        self.console = Console() if settings.region and "/" not in edge.public else None
         if settings.region:
             key = load_peer_key(settings.sync.peer_key_file)
             name = f"edge:{settings.region}"
@@ -232,6 +235,8 @@ class Edge:
         if (answer := check_way(request)) is not None:
             return answer
         path = target_of(request).partition("?")[0]
+        if self.console is not None and (answer := self.console.answer(request, path)) is not None:
+            return answer
         access = self._rules.access(path)
         if access is Access.NEVER:
             raise Problem(404, "not-found", "Nothing is served at this path.")

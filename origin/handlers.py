@@ -98,6 +98,7 @@ class ThreadHandlers:
         self._reference = reference
         self._reference_policy = reference_policy
         self._body_bytes_max = body_bytes_max
+        self._pages = page.Pages()
 
     # ------------------------------------------------------------ reading
 
@@ -128,10 +129,9 @@ class ThreadHandlers:
 
     async def thread_page(self, request: web.Request, actor: Principal) -> web.Response:
         """A public thread for anyone; `actor` is nobody and does not count."""
-        found = await self._store.read(
-            _thread_id(request), None, after=conditions.cursor(request), limit=page.PAGE_MESSAGES
-        )
-        body = page.render(found)
+        after = conditions.cursor(request)
+        found = await self._store.read(_thread_id(request), None, after=after, limit=page.PAGE_MESSAGES)
+        body = await self._pages.html(found, after)
         return _validated(request, body, {**page.HEADERS, "X-Served-Region": self._region})
 
     async def openapi_document(self, request: web.Request, actor: Principal) -> web.Response:

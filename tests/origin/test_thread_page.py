@@ -11,10 +11,17 @@ from typing import Any
 import pytest
 
 from tests.support.builders import user
+from tests.support.hostile import HOSTILE
 from tests.support.thread_api import Api
 
 ENGINES = ("memory",)
 EVIL = "</pre></details><script>alert(1)</script><img src=x onerror=alert(1)>\"'&<style>*{}</style>"
+ROLES = ("user", "assistant", "system", "tool")
+HARMLESS = {
+    "html", "head", "meta", "title", "style", "body", "main", "header", "div", "h1", "h2", "h3", "h4", "h5", "h6", "p",
+    "time", "article", "pre", "code", "figure", "figcaption", "details", "summary", "a", "b", "span", "nav", "em", "s",
+    "strong", "br", "hr", "ul", "ol", "li", "blockquote", "table", "thead", "tbody", "tr", "th", "td",
+}  # fmt: skip
 
 
 class Outline(HTMLParser):
@@ -84,13 +91,100 @@ async def test_nothing_a_client_wrote_becomes_markup(api: Api):
         messages=[{"role": "assistant", "content": blocks}, {"role": "user", "content": EVIL}],
     )
     _, outline = await page(api, thread)
-    assert set(outline.tags) <= {
-        "html", "head", "meta", "title", "style", "body", "main", "h1", "p", "time", "article", "header", "pre",
-        "details", "summary", "a",
-    }  # fmt: skip
+    assert set(outline.tags) <= HARMLESS
     assert outline.tags.count("style") == 1
     assert not [name for name, _ in outline.attributes if name.startswith("on") or name in ("src", "style")]
     assert outline.text.count("alert(1)") >= 10
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system", "tool"])
+async def test_markdown_of_a_writer_who_means_harm_is_harmless(api: Api, role: str):
+    blocks = [{"type": kind, kind: text} for text in HOSTILE for kind in ("text", "thinking")]
+    results = [{"type": "tool_result", "tool_use_id": "none", "content": text} for text in HOSTILE]
+    calls = [{"type": "tool_use", "id": text, "name": text, "input": {"command": text}} for text in HOSTILE]
+    thread = await api.create(
+        visibility="public", title=HOSTILE[0], messages=[{"role": role, "content": [*blocks, *results, *calls]}]
+    )
+    _, outline = await page(api, thread)
+    assert set(outline.tags) <= HARMLESS
+    assert {name for name, _ in outline.attributes} <= {
+        "align", "charset", "class", "content", "datetime", "href", "id", "lang", "name", "rel", "start",
+    }  # fmt: skip
+    links = [value or "" for name, value in outline.attributes if name == "href"]
+    assert all(re.match(r"(https?:|mailto:|#m\d+$|\?after=)", link) for link in links), links
+    ids = [value or "" for name, value in outline.attributes if name == "id"]
+    assert all(re.fullmatch(r"m\d+", name) for name in ids)
+    classes = {value for name, value in outline.attributes if name == "class"}
+    assert classes <= {
+        "about", "code", "failed", "label", "muted", "other", "plain", "text", "thinking", "tool", *ROLES
+    }  # fmt: skip
+
+
+async def test_markdown_is_read_as_markdown(api: Api):
+    text = (
+        "# Heading\n\nSome *emphasis*, `code`, [a link](https://example.org/x) and [a file](src/a.py).\n\n"
+        "```python\nprint(1 < 2)\n```\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n\n![a picture](https://tracker.example/x.png)"
+    )
+    messages = [{"role": "assistant", "content": text}, {"role": "user", "content": "one\ntwo"}]
+    thread = await api.create(visibility="public", messages=messages)
+    answer, outline = await page(api, thread)
+    assert {"em", "code", "pre", "table", "h3", "figcaption"} <= set(outline.tags)
+    assert "img" not in outline.tags
+    assert "print(1 < 2)" in outline.text
+    assert [value for name, value in outline.attributes if name == "href" and "example" in (value or "")] == [
+        "https://example.org/x",
+        "https://tracker.example/x.png",
+    ]
+    assert ("align", "right") in outline.attributes
+    html = answer.body.decode()
+    assert "one<br" in html
+    assert "a file" in outline.text
+
+
+async def test_a_result_stands_with_its_call(api: Api):
+    call = {"type": "tool_use", "id": "c1", "name": "Bash", "input": {"command": "ls -l"}}
+    result = {"type": "tool_result", "tool_use_id": "c1", "is_error": True, "content": "No such folder"}
+    stray = {"type": "tool_result", "tool_use_id": "elsewhere", "content": "of another page"}
+    thread = await api.create(
+        visibility="public",
+        messages=[
+            {"role": "assistant", "content": [call]},
+            {"role": "tool", "content": [result]},
+            {"role": "tool", "content": [stray]},
+        ],
+    )
+    answer, outline = await page(api, thread)
+    html = answer.body.decode()
+    assert outline.tags.count("details") == 2
+    assert outline.tags.count("article") == 2
+    assert html.index("ls -l") < html.index("No such folder") < html.index("</details>") < html.index("of another page")
+    assert html.count("failed</span>") == 1
+    assert {f"m{seq}" for seq in (2, 3, 4)} == {value for name, value in outline.attributes if name == "id"}
+
+
+async def test_a_text_too_long_for_markdown_is_shown_as_it_was_written(api: Api):
+    long = "**bold** " * 2_000
+    messages = [{"role": "assistant", "content": long}] + [
+        {"role": "assistant", "content": "*short*" + "x" * 16_000}
+    ] * 18
+    thread = await api.create(visibility="public", messages=messages)
+    answer, outline = await page(api, thread)
+    html = answer.body.decode()
+    assert "strong" not in outline.tags
+    assert html.count("**bold**") == 2_000
+    assert 0 < html.count("<em>short</em>") < 18
+    assert html.count("<em>short</em>") + html.count("*short*") == 18
+
+
+async def test_a_page_is_that_of_the_thread_as_it_is_now(api: Api):
+    thread = await api.create(visibility="public", title="Before", messages=[{"role": "user", "content": "one"}])
+    await page(api, thread)
+    await api("PATCH", f"/api/threads/{thread['id']}", {"title": "After"})
+    await api("POST", f"/api/threads/{thread['id']}/messages", {"messages": [{"role": "user", "content": "two"}]})
+    _, outline = await page(api, thread)
+    assert "Before" not in outline.text
+    assert "After" in outline.text
+    assert "two" in outline.text
 
 
 async def test_shapes_it_does_not_know_are_shown_not_failed_on(api: Api):
@@ -108,7 +202,7 @@ async def test_shapes_it_does_not_know_are_shown_not_failed_on(api: Api):
     thread = await api.create(visibility="public", messages=[{"role": "tool", "content": blocks}])
     _, outline = await page(api, thread)
     assert "beam" in outline.text
-    assert outline.tags.count("details") == 7
+    assert outline.tags.count("details") == 9
 
 
 async def test_the_page_can_run_load_and_link_to_nothing(api: Api):
