@@ -54,7 +54,7 @@ class Console:
         }
         self._document = (folder / "index.html").read_bytes().replace(b'"./', b'"/console/')
 
-    def answer(self, request: web.Request, path: str) -> web.Response | None:
+    def answer(self, request: web.BaseRequest, path: str) -> web.Response | None:
         """What is at `path`; None when it is not the console's."""
         if request.method not in ("GET", "HEAD"):
             return None
@@ -75,7 +75,7 @@ def _type_of(name: str) -> str:
     return mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
-def _validated(request: web.Request, body: bytes, headers: dict[str, str]) -> web.Response:
+def _validated(request: web.BaseRequest, body: bytes, headers: dict[str, str]) -> web.Response:
     tag = hashlib.sha256(body).hexdigest()[:32]
     headers["ETag"] = f'"{tag}"'
     if any(etag.value in (tag, "*") for etag in request.if_none_match or ()):
