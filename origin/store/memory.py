@@ -34,10 +34,9 @@ from origin.store.queries import (
     cut_page,
     decode_cursor,
     encode_cursor,
+    matches,
     order_saved,
-    text_of,
-    tokens,
-    words,
+    phrases_of,
 )
 from origin.store.replication import (
     Access,
@@ -342,13 +341,13 @@ class MemoryStore:
 
     async def list(self, query: base.ListQuery) -> base.Listing:
         bound = decode_cursor(query)
-        phrases = _phrases(query.text) if query.text is not None else None
+        phrases = phrases_of(query.text) if query.text is not None else None
         rows = [
             row
             for thread in self.state.threads.values()
             if _is_listed(row := self.state.shown(thread), query)
             and (bound is None or (row.activity_us, row.id) < bound)
-            and (phrases is None or _matches(thread, phrases))
+            and (phrases is None or matches(thread.here.title, thread.entries, phrases))
         ]
         rows.sort(key=lambda row: (row.activity_us, row.id), reverse=True)
         page = tuple(rows[: query.limit])
@@ -487,21 +486,3 @@ def _is_listed(row: Row, query: base.ListQuery) -> bool:
     if query.scope == "mine":
         return row.owner == actor.subject
     return actor.team is not None and row.team == actor.team and row.visibility != "private"
-
-
-def _phrases(text: str) -> list[list[str]]:
-    if not (phrases := words(text)):
-        raise base.BadQuery("q holds no word to search for")
-    return [tokens(" ".join(phrase)) for phrase in phrases]
-
-
-def _matches(thread: _Thread, phrases: Sequence[list[str]]) -> bool:
-    """True when the title, or one message, holds every phrase."""
-    texts = [thread.here.title]
-    texts += (text_of(entry.body) for entry in thread.entries if entry.kind == "message")
-    return any(all(_holds(tokens(text), phrase) for phrase in phrases) for text in texts)
-
-
-def _holds(text: list[str], phrase: list[str]) -> bool:
-    length = len(phrase)
-    return any(text[start : start + length] == phrase for start in range(len(text) - length + 1))

@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, cast
 
 import msgspec
@@ -19,6 +19,7 @@ import msgspec
 from origin.store.base import (
     PAGE_BYTES_MAX,
     BadCursor,
+    BadQuery,
     Behind,
     Freshness,
     Listing,
@@ -27,7 +28,7 @@ from origin.store.base import (
     ThreadPage,
 )
 from origin.store.replication import Saved
-from origin.thread import Row, Version
+from origin.thread import Entry, Row, Version
 
 CURSOR_CHARS_MAX: Final = 4_096
 INDEXED_CHARS_MAX: Final = 65_536
@@ -240,3 +241,28 @@ def _texts(content: object) -> Iterator[str]:
                     waiting.append((block.get("content"), True))
                 case _:
                     pass
+
+
+def phrases_of(text: str) -> list[list[str]]:
+    """What is searched for, as it is compared. BadQuery when there is no word in `text`."""
+    if not (phrases := words(text)):
+        raise BadQuery("q holds no word to search for")
+    return [tokens(" ".join(phrase)) for phrase in phrases]
+
+
+def matches(title: str, entries: Iterable[Entry], phrases: Sequence[list[str]]) -> bool:
+    """True when the title, or one message among the entries, holds every phrase."""
+    return all_in(title, phrases) or any(
+        all_in(text_of(entry.body), phrases) for entry in entries if entry.kind == "message"
+    )
+
+
+def all_in(text: str, phrases: Sequence[list[str]]) -> bool:
+    """True when `text` holds every phrase."""
+    found = tokens(text)
+    return all(_holds(found, phrase) for phrase in phrases)
+
+
+def _holds(text: list[str], phrase: list[str]) -> bool:
+    length = len(phrase)
+    return any(text[start : start + length] == phrase for start in range(len(text) - length + 1))

@@ -8,10 +8,14 @@ from typing import Protocol
 
 import pytest
 
+from infra.objects import MemoryObjects
 from origin.store.base import ThreadStore
+from origin.store.dynamodb import DynamoStore
 from origin.store.memory import MemoryStore
+from origin.store.object_bodies import ObjectBodies
 from origin.store.replication import ReplicaLog
 from origin.store.sqlite import SqliteStore
+from origin.store.table_memory import MemoryTable
 from origin.writer import BatchedWriter
 from tests.support.builders import REGIONS
 from tests.support.fakeclock import FakeClock
@@ -36,6 +40,9 @@ async def open_engine(request: pytest.FixtureRequest, tmp_path: Path, clock: Fak
     async def open_one(region: str = "us-east") -> Engine:
         if request.param == "memory":
             engine: Engine = MemoryStore(region=region, members=REGIONS, clock=clock)
+        elif request.param == "dynamodb":
+            bodies = ObjectBodies(MemoryObjects(clock))
+            engine = await DynamoStore.open(MemoryTable(), bodies, region=region, members=REGIONS, clock=clock)
         else:
             engine = await SqliteStore.open(tmp_path / region, region=region, members=REGIONS, clock=clock)
         opened.append(engine)

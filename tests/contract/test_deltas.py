@@ -49,7 +49,7 @@ from tests.support.builders import (
 )
 from tests.support.elections import elect
 
-pytestmark = pytest.mark.parametrize("open_engine", ["memory", "sqlite"], indirect=True)
+pytestmark = pytest.mark.parametrize("open_engine", ["memory", "sqlite", "dynamodb"], indirect=True)
 
 T = "11111111-1111-4111-8111-111111111111"
 OTHER = "22222222-2222-4222-8222-222222222222"

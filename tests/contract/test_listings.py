@@ -18,7 +18,7 @@ from tests.support.builders import ANN, BOB, append, change, create, delete, mes
 
 pytestmark = [
     pytest.mark.parametrize("batched", [False], ids=["plain"]),
-    pytest.mark.parametrize("open_engine", ["memory", "sqlite"], indirect=True),
+    pytest.mark.parametrize("open_engine", ["memory", "sqlite", "dynamodb"], indirect=True),
 ]
 
 

@@ -19,7 +19,7 @@ from tests.support.fakeclock import FakeClock
 HERE, PEER, THIRD = REGIONS
 T = "11111111-1111-4111-8111-111111111111"
 HOUR_US = 3_600_000_000
-engines = pytest.mark.parametrize("open_engine", ["memory", "sqlite"], indirect=True)
+engines = pytest.mark.parametrize("open_engine", ["memory", "sqlite", "dynamodb"], indirect=True)
 
 
 def revoked(clock: FakeClock, name: str = "t1", *, hours: int = 2, before_us: int = 0) -> Notice:

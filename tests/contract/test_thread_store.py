@@ -45,7 +45,7 @@ from tests.support.fakeclock import FakeClock
 
 pytestmark = [
     pytest.mark.parametrize("batched", [False, True], ids=["plain", "batched"]),
-    pytest.mark.parametrize("open_engine", ["memory", "sqlite"], indirect=True),
+    pytest.mark.parametrize("open_engine", ["memory", "sqlite", "dynamodb"], indirect=True),
 ]
 
 T = "11111111-1111-4111-8111-111111111111"
