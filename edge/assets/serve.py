@@ -291,7 +291,9 @@ def _headers(served: Served, representation: Representation) -> CIMultiDict[str]
     return headers
 
 
-def _condition(request: web.BaseRequest, representation: Representation, headers: CIMultiDict[str]) -> web.Response | None:
+def _condition(
+    request: web.BaseRequest, representation: Representation, headers: CIMultiDict[str]
+) -> web.Response | None:
     """412 or 304, if it comes to that. There are no dates: the same file was built at many times."""
     if_match = request.headers.getall(hdrs.IF_MATCH, ())
     if if_match and not matches(if_match, representation.etag, weak=False):
