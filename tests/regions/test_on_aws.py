@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from regions.on_aws import AwsNotReady, queue_name, require
 from tests.support.awsplace import AwsPlace
 from tests.support.emulators import moto_server
 from tests.support.ports import free_port
+from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.aws
 
@@ -39,15 +41,9 @@ engine = "dynamodb"
 """
 TARGETS = ("eu-west",)
 
-ACTIONS = {
-    "dynamodb:DescribeTable", "dynamodb:DescribeContinuousBackups", "dynamodb:DescribeTimeToLive", "dynamodb:GetItem",
-    "dynamodb:BatchGetItem", "dynamodb:Query", "dynamodb:PutItem", "dynamodb:UpdateItem", "dynamodb:DeleteItem",
-    "dynamodb:BatchWriteItem", "dynamodb:ConditionCheckItem",
-    "s3:ListBucket", "s3:ListBucketVersions", "s3:GetBucketVersioning", "s3:GetBucketPublicAccessBlock",
-    "s3:GetEncryptionConfiguration", "s3:PutObject", "s3:GetObject", "s3:DeleteObjectVersion",
-    "sqs:GetQueueUrl", "sqs:GetQueueAttributes", "sqs:SendMessage", "sqs:ReceiveMessage", "sqs:DeleteMessage",
-    "sqs:ChangeMessageVisibility",
-}  # fmt: skip
+_POLICY = re.search(r"```json\n(.*?)```", (ROOT / "docs" / "aws.md").read_text(), re.DOTALL)
+assert _POLICY is not None
+ACTIONS = {action for it in json.loads(_POLICY[1])["Statement"] for action in it["Action"]}
 """What `docs/aws.md` gives a region server."""
 
 
