@@ -14,7 +14,9 @@ from infra.identity import IdentityKeyError
 from infra.server import AddressError, Lifecycle
 from infra.settings import Settings, host_port
 from origin.store.sqlite import SchemaTooNew, StoreLocked, WrongRegion
+from regions import on_aws
 from regions.app import open_region, region_app
+from regions.on_aws import AwsNotReady
 from regions.topology import TopologyError
 
 log = logging.getLogger(__name__)
@@ -39,13 +41,18 @@ def region_command(config: Path) -> None:
     logs.configure(loaded.log.level, region=loaded.region, component="region")
     try:
         status = server.run(_serve(loaded))
-    except (AddressError, IdentityKeyError, SchemaTooNew, StoreLocked, TopologyError, WrongRegion, OSError) as error:
+    except (
+        AddressError, AwsNotReady, IdentityKeyError, SchemaTooNew, StoreLocked, TopologyError, WrongRegion, OSError
+    ) as error:  # fmt: skip
         fail(str(error))
     raise SystemExit(status)
 
 
 async def _serve(loaded: Settings) -> int:
     host, port = host_port(loaded.server.listen)
+    if loaded.store.engine == "dynamodb":
+        for finding in await on_aws.require(loaded):
+            log.warning("%s", finding)
     lifecycle = Lifecycle()
     async with open_region(loaded, lifecycle=lifecycle) as region:
         app = region_app(region, loaded, lifecycle)

@@ -25,6 +25,7 @@ from infra.development import DataFolder, NoCluster
 from infra.identity import IdentityKeyError, load_peer_key
 from infra.settings import Settings, SettingsError, host_port
 from origin.store.sqlite import SchemaTooNew, check_schema
+from regions import on_aws
 from regions.operator import SECONDS_MAX, Operated, QueueStatus, Seen, look
 from regions.status import Group, groups_of
 from regions.topology import Topology, TopologyError
@@ -67,6 +68,9 @@ async def examine(folder: DataFolder, config: Path | None, environ: Mapping[str,
     for it in loaded.values():
         if it.region and it.store.engine == "sqlite":
             findings += [_examine_schema(it), _examine_disk(it)]
+        if it.region and it.store.engine == "dynamodb":
+            found = await on_aws.examine(it)
+            findings += [Finding(f"{one.resource}: {one.action}", one.level, one.detail, one.fix) for one in found]
     if any(finding.level == "failed" for finding in findings):
         return findings
     try:

@@ -18,6 +18,8 @@ from botocore.config import Config
 
 from infra.aws import AwsOptions
 from infra.settings import StoreSettings
+from origin.store import table_schema
+from regions.on_aws import queue_name
 
 ACCESS_KEY: Final = "test"
 SECRET_KEY: Final = "test"
@@ -106,6 +108,21 @@ class AwsPlace:
             rule = {"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}
             s3.put_bucket_encryption(Bucket=self.bucket, ServerSideEncryptionConfiguration={"Rules": [rule]})
         return self.bucket
+
+    def make_table(self, *, backups: bool = True) -> str:
+        with self._open("dynamodb") as dynamodb:
+            dynamodb.create_table(**table_schema.create_arguments(self.table), DeletionProtectionEnabled=backups)
+            if backups:
+                ttl = {"Enabled": True, "AttributeName": table_schema.TIME_TO_LIVE}
+                dynamodb.update_time_to_live(TableName=self.table, TimeToLiveSpecification=ttl)
+                recovery = {"PointInTimeRecoveryEnabled": True}
+                dynamodb.update_continuous_backups(TableName=self.table, PointInTimeRecoverySpecification=recovery)
+        return self.table
+
+    def make_queues(self, region: str, *targets: str, visibility_s: int = 30) -> None:
+        """Those of a region's work for others."""
+        for target in targets:
+            self.make_queue(queue_name(self.queue_prefix, region, target), visibility_s=visibility_s)
 
     def make_queue(self, name: str, *, visibility_s: int = 30, max_receives: int = MAX_RECEIVES) -> str:
         """A queue with its dead-letter queue; the address."""
