@@ -9,11 +9,10 @@ lines, white space before a colon) is repaired. Pure: no sockets, no time. Left 
 from __future__ import annotations
 
 import re
-from enum import IntEnum
 from typing import Final, Literal, TypeAlias
 
 import msgspec
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy, istr
 
 from edge.framing import CHUNK_EXTENSION_BYTES_MAX, CHUNK_LINE, TEXT_BYTES, TOKEN_BYTES
 
@@ -33,25 +32,19 @@ CHUNKED: Final = -1
 TO_THE_END: Final = -2
 """Lengths of bodies: in chunks, and as long as the connection lasts."""
 
-_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
+_STATUS_LINE: Final = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: (.*))?")
 _FOLD: Final = re.compile(rb"[ \t]*\r\n[ \t]+")
 
 
-class _Field(IntEnum):
-    PLAIN = 0
-    LENGTH = 1
-    CODING = 2
-    CONNECTION = 3
-
-
-_FIELDS: Final = {
-    b"content-length": _Field.LENGTH,
-    b"transfer-encoding": _Field.CODING,
-    b"connection": _Field.CONNECTION,
-}
+# No Enum: its members are looked up slowly, once for each line of each answer.
+_PLAIN: Final = 0
+_LENGTH: Final = 1
+_CODING: Final = 2
+_CONNECTION: Final = 3
+_FIELDS: Final = {"content-length": _LENGTH, "transfer-encoding": _CODING, "connection": _CONNECTION}
 _KNOWN_NAMES_MAX: Final = 4096
-_known_names: dict[bytes, tuple[str, _Field]] = {}
-"""Names found to be tokens, in the spelling that came."""
+_known_names: dict[str, tuple[istr, int]] = {}
+"""Names found to be tokens, in the spelling that came, as a dict of headers takes them most quickly."""
 
 
 class Head(msgspec.Struct, frozen=True, gc=False):
@@ -69,9 +62,7 @@ class Head(msgspec.Struct, frozen=True, gc=False):
 def read_answer(raw: bytes, method: str) -> Head:
     """The answer to a `method` request whose head `raw` is, from its first byte to the end of its empty line.
     MalformedAnswer."""
-    if b"\r\n " in raw or b"\r\n\t" in raw:
-        raw = _unfolded(raw)
-    lines = raw[:-4].split(b"\r\n")
+    lines = raw[:-4].decode("utf-8", "surrogateescape").split("\r\n")
     # All that is no text has to be the CR and LF of the line ends that were just split at.
     if len(raw.translate(None, TEXT_BYTES)) != 2 * len(lines) + 2:
         raise MalformedAnswer("its head holds a control byte, a bare CR or a bare LF")
@@ -81,32 +72,35 @@ def read_answer(raw: bytes, method: str) -> Head:
     if len(lines) > FIELDS_MAX + 1 or len(raw) > HEAD_BYTES_MAX:
         raise MalformedAnswer("its head is over the limit")
     status = int(found[2])
-    modern = found[1] != b"0"
-    length = coding = b""
-    connection = ""
-    fields: list[tuple[str, str]] = []
+    modern = found[1] != "0"
+    length = coding = connection = ""
+    fields: list[tuple[istr, str]] = []
     known = _known_names
     for line in lines[1:]:
-        written, colon, value = line.partition(b":")
-        name, kind = known.get(written) or _classify(written)
-        if not colon:
-            raise MalformedAnswer("a line of its head is not `name: value`")
-        value = value.strip(b" \t")
-        text = value.decode("utf-8", "surrogateescape")
-        fields.append((name, text))
-        if kind is _Field.PLAIN:
+        written, colon, value = line.partition(":")
+        found_name = known.get(written)
+        if found_name is None or not colon:
+            if line[:1] in (" ", "\t"):
+                return read_answer(_unfolded(raw), method)
+            if not colon:
+                raise MalformedAnswer("a line of its head is not `name: value`")
+            found_name = _classify(written)
+        name, kind = found_name
+        value = value.strip(" \t")
+        fields.append((name, value))
+        if kind == _PLAIN:
             continue
-        if kind is _Field.LENGTH:
-            if length or not value.isdigit() or len(value) > LENGTH_DIGITS_MAX:
+        if kind == _LENGTH:
+            if length or not (value.isascii() and value.isdigit()) or len(value) > LENGTH_DIGITS_MAX:
                 raise MalformedAnswer("its Content-Length is not one plain decimal number")
             length = value
-        elif kind is _Field.CODING:
+        elif kind == _CODING:
             if coding:
                 raise MalformedAnswer("there is more than one Transfer-Encoding")
-            coding = value.lower() or b"-"
+            coding = value.lower() or "-"
         else:
-            connection = f"{connection},{text.lower()}"
-    if coding and (coding != b"chunked" or not modern or length):
+            connection = f"{connection},{value.lower()}"
+    if coding and (coding != "chunked" or not modern or length):
         raise MalformedAnswer("its framing is not chunks, or not only")
     # RFC 9112 §6.3
     if method == "HEAD" or status < 200 or status in (204, 304):
@@ -118,7 +112,7 @@ def read_answer(raw: bytes, method: str) -> Head:
     options = {option.strip() for option in connection.split(",")} if connection else ()
     return Head(
         status,
-        (found[3] or b"").decode("utf-8", "surrogateescape"),
+        found[3] or "",
         CIMultiDictProxy(CIMultiDict(fields)),
         size,
         size != TO_THE_END and "close" not in options and (modern or "keep-alive" in options),
@@ -192,11 +186,11 @@ class Chunks:
         self._step = "data" if self._left else "trailers"
 
 
-def _classify(written: bytes) -> tuple[str, _Field]:
-    name = written.rstrip(b" \t")
-    if not name or name.translate(None, TOKEN_BYTES):
+def _classify(written: str) -> tuple[istr, int]:
+    name = written.rstrip(" \t")
+    if not name or name.encode("utf-8", "surrogateescape").translate(None, TOKEN_BYTES):
         raise MalformedAnswer("a field's name in its head is no token")
-    found = name.decode("ascii"), _FIELDS.get(name.lower(), _Field.PLAIN)
+    found = istr(name), _FIELDS.get(name.lower(), _PLAIN)
     if len(_known_names) < _KNOWN_NAMES_MAX and len(written) <= 64:
         _known_names[written] = found
     return found

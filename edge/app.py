@@ -29,6 +29,7 @@ from edge.assets.serve import Assets
 from edge.auth import REALM, AuthProblem, TokenVerifier, TrustedIssuer, VerifiedToken
 from edge.balancer import Balancer
 from edge.cache import HttpCache
+from edge.cache_repeat import REPEAT as KEPT
 from edge.coherent import ENTRY_BYTES_MAX, REPEAT, Ask, Coherent, Fetched
 from edge.connections import Connections, OriginBroken
 from edge.console.serve import Console
@@ -243,12 +244,13 @@ class Edge:
         if access is Access.OPEN and self.assets is not None and path.startswith(ASSETS_PREFIX):
             return await self.assets.answer(request, path)
         if access is Access.OPEN:
-            return await self.cache.handle(
+            response = await self.cache.handle(
                 request,
                 None,
                 headers=lambda: self._headers(request, None, keep_authorization=True),
                 authorized=True,
             )
+            return self._offered(response, None)
         verified = await self._authenticate(request)
         if path == VERIFY_PATH:
             response = _claims_response(request, verified)
@@ -270,7 +272,13 @@ class Edge:
             if request.method not in SAFE_METHODS:
                 return await self._write(self.coherent, request, path, verified.principal)
         timeout_s = MODEL_TIMEOUT_S if path.startswith("/v1/") else None
-        return await self._pass(request, verified.principal, headers_timeout_s=timeout_s)
+        return self._offered(await self._pass(request, verified.principal, headers_timeout_s=timeout_s), verified)
+
+    def _offered(self, response: web.StreamResponse, verified: VerifiedToken | None) -> web.StreamResponse:
+        """An answer of the HTTP cache, to whoever may have it."""
+        if (repeat := response.get(KEPT)) is not None:
+            response[OFFER] = Offer(verified, repeat, self.cache.repeated, alike=repeat.alike)
+        return response
 
     async def expect(self, request: web.BaseRequest) -> None:
         """`Expect: 100-continue`: the body is asked for only if it may be sent (RFC 9110 §10.1.1); what may not is

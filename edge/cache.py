@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
@@ -35,6 +36,7 @@ from edge.cache_policy import (
     selecting,
     stands_in,
 )
+from edge.cache_repeat import REPEAT, Repeat, repeatable
 from edge.cache_status import Reason
 from edge.cache_store import Key, Partition, Store
 from edge.connections import OriginBroken
@@ -120,6 +122,10 @@ class HttpCache:
     def purge_all(self) -> int:
         return self._count_drops("purge", self._store.purge_all())
 
+    def repeated(self, times: int) -> None:
+        """Answers handed out with a `Repeat` were given again so often."""
+        self._hits.inc(times)
+
     def statistics(self) -> CacheStatistics:
         return self._store.statistics()
 
@@ -159,7 +165,7 @@ class HttpCache:
             now = self._clock.monotonic()
             kept = self._store.find(key, request, now)
             if kept is not None and judge(kept, wishes, now) is Use.FRESH:
-                return self._hit(request, kept, now, Use.FRESH)
+                return self._repeatable(request, key, kept, now, self._hit(request, kept, now, Use.FRESH))
         ask = Ask(
             request=request,
             key=key,
@@ -187,7 +193,7 @@ class HttpCache:
                     return self._hit(ask.request, kept, now, use)
                 reason = "request" if use is Use.REFRESH else "stale"
             else:
-                reason = "vary-miss" if self._store.has_variants(ask.key, now) else "uri-miss"
+                reason = "uri-miss" if self._store.variants(ask.key, now) is None else "vary-miss"
             if ask.wishes.only_if_cached:
                 raise _not_cached()
             flight = self._flight(ask, kept, reason)
@@ -221,6 +227,14 @@ class HttpCache:
         detail = _DETAILS.get(use, "")
         (self._stale if detail else self._hits).inc()
         return respond(request, kept, now, cache_status.hit(kept.lifetime_s - (now - kept.born), detail))
+
+    def _repeatable(
+        self, request: web.BaseRequest, key: Key, kept: Kept, now: float, response: web.Response
+    ) -> web.Response:
+        variants = self._store.variants(key, now)
+        if variants is not None and repeatable(request, kept):
+            response[REPEAT] = Repeat(kept, variants, partial(self._store.variants, key))
+        return response
 
     def _stand_in(self, ask: Ask, kept: Kept | None, *, outage: bool) -> web.Response | None:
         """The stale answer in place of an error, where that is allowed (RFC 5861 §4, RFC 9111 §4.2.4)."""

@@ -43,14 +43,26 @@ class Key(NamedTuple):
         return url_tag(self.scheme, self.authority, self.target)
 
 
+class Variants:
+    """The kept answers of one URL, the newest first."""
+
+    __slots__ = ("answers", "held")
+
+    def __init__(self, answers: tuple[Kept, ...]) -> None:
+        self.answers = answers
+        self.held = True
+        """These are what is kept; false for good once anything about them has changed."""
+
+
 class Store:
     """The answers of one edge process."""
 
     def __init__(self, *, size_bytes_max: int, entry_bytes_max: int) -> None:
-        self._variants: ByteLRU[Key, tuple[Kept, ...]] = ByteLRU(
+        self._variants: ByteLRU[Key, Variants] = ByteLRU(
             size_bytes_max=size_bytes_max,
             items_max=ENTRIES_MAX,
             item_bytes_max=min(max(entry_bytes_max, size_bytes_max // 8), size_bytes_max),
+            on_remove=_taken_out,
         )
         self._entry_bytes_max = entry_bytes_max
         self._url_bytes_max = min(max(entry_bytes_max, size_bytes_max // 8), size_bytes_max)
@@ -69,13 +81,13 @@ class Store:
         variants = self._variants.get(key, now)
         if variants is None:
             return None
-        for kept in variants:  # the newest first (RFC 9111 §4.1)
+        for kept in variants.answers:  # the newest first (RFC 9111 §4.1)
             if not kept.vary or kept.selecting == selecting(request, kept.vary):
                 return kept
         return None
 
-    def has_variants(self, key: Key, now: float) -> bool:
-        return self._variants.get(key, now) is not None
+    def variants(self, key: Key, now: float) -> Variants | None:
+        return self._variants.get(key, now)
 
     def varies(self, key: Key, names: tuple[str, ...]) -> None:
         """Answers to `key` are chosen by these request fields: known from an answer's first byte on, so that who waits
@@ -103,7 +115,7 @@ class Store:
         held = self._variants.pop(key)
         if held is None:
             return self._write(key, [kept])
-        variants = [kept, *(other for other in held if not _same(other, kept))][:VARIANTS_MAX]
+        variants = [kept, *(other for other in held.answers if not _same(other, kept))][:VARIANTS_MAX]
         while sum(variant.weight for variant in variants) > self._url_bytes_max:
             variants.pop()
         return self._write(key, variants)
@@ -113,12 +125,11 @@ class Store:
 
     def drop(self, key: Key, kept: Kept) -> None:
         """Forget one variant."""
-        self._write(key, [other for other in self._variants.pop(key) or () if not _same(other, kept)])
+        self._write(key, [other for other in self._take(key) if not _same(other, kept)])
 
     def expire(self, key: Key, now: float) -> None:
         """All variants of `key` count as stale from now on."""
-        variants = self._variants.pop(key) or ()
-        self._write(key, [_expired(kept, now) for kept in variants])
+        self._write(key, [_expired(kept, now) for kept in self._take(key)])
 
     def invalidate(self, scheme: str, authority: str, target: str) -> int:
         """Forget what is kept of a URL, for whomever (RFC 9111 §4.4)."""
@@ -146,16 +157,24 @@ class Store:
             dropped += self._variants.drop_tag(tag)
         return dropped
 
+    def _take(self, key: Key) -> tuple[Kept, ...]:
+        held = self._variants.pop(key)
+        return held.answers if held is not None else ()
+
     def _write(self, key: Key, variants: list[Kept]) -> bool:
         if not variants:
             return False
         tags = dict.fromkeys(_surrogate(tag) for kept in variants for tag in kept.tags)
         size = sum(kept.weight for kept in variants)
-        return self._variants.put(key, tuple(variants), size, tags=(key.url_tag(), *tags))
+        return self._variants.put(key, Variants(tuple(variants)), size, tags=(key.url_tag(), *tags))
 
 
 def url_tag(scheme: str, authority: str, target: str) -> str:
     return f"url\0{scheme}\0{authority}\0{target}"
+
+
+def _taken_out(variants: Variants) -> None:
+    variants.held = False
 
 
 def _surrogate(tag: str) -> str:

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Protocol, TypeAlias
 
 from aiohttp import web
@@ -131,6 +132,11 @@ class Repeat:
 
     _held: _Held
     _feed: FeedView
+    _find: Callable[[float], object]
+    """Looks it up where it is kept, as any use of it would."""
+
+    def used(self, now: float) -> None:
+        self._find(now)
 
     def good(self, now: float) -> bool:
         """Whether it may be given at `now` (monotonic): not dropped, not too old, and the feed can be relied on.
@@ -333,7 +339,7 @@ class Coherent:
         now = self._clock.monotonic()
         response = _response(held, ask, _hit_status(held, now))
         response.headers["Age"] = str(held.age_s(now))
-        response[REPEAT] = Repeat(held, self._feed)
+        response[REPEAT] = Repeat(held, self._feed, partial(self._entries.get, ask.key))
         return response
 
     def _count(self, ask: Ask, result: str) -> None:

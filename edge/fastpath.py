@@ -1,11 +1,12 @@
-"""Answers that may be given again to the very same bytes, without asking what they mean.
+"""Answers that may be given again to the same question, without asking what it means.
 
-Promise: an answer from here is the one that the slow path would give now: the same bytes asked for it, and whatever
-made it true is looked at again with every hit (the token, its revocation and key; the entry it came from, the
-feed's lease); Date, Age and the ttl in Cache-Status are those of this second; every hit is counted where the slow path
-counts it. Bounded in entries and bytes, the least recently used goes first. Left to others: framing and order on a
-connection (`wire.py`), what may be offered (`app.py`). A `traceparent` is no part of the bytes: no answer kept here
-depends on it, and clients that trace send a new one with each request.
+Promise: an answer from here is the one that the slow path would give now: the same bytes asked for it, or bytes that
+differ only in lines that no such answer depends on (`essence`), and whatever made it true is looked at again with every
+hit (the token, its revocation and key; the entry it came from, its freshness, the feed's lease); Date, Age and the ttl
+in Cache-Status are those of this second; every hit is counted where the slow path counts it. Bounded in entries and
+bytes, the least recently used goes first. Left to others: framing and order on a connection (`wire.py`), what may be
+offered (`app.py`). A `traceparent` is no part of the bytes: no answer kept here depends on it, and clients that trace
+send a new one with each request.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from copy import copy
 from email.utils import formatdate
 from typing import Final, Protocol
 
@@ -23,6 +25,14 @@ from edge.headers import CACHE_STATUS
 from infra.cache import ByteLRU, CacheStatistics
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.metrics import Metrics, Series
+
+DECISIVE: Final = frozenset(
+    b"accept accept-encoding accept-language authorization cache-control connection content-length cookie expect host "
+    b"if-match if-modified-since if-none-match if-range if-unmodified-since max-forwards origin pragma range "
+    b"sec-websocket-key te transfer-encoding via x-sync-min-position x-sync-min-version".split()
+)
+"""The fields of a request that an answer from memory can depend on: all that the way to one looks at, and what origins
+commonly choose by. An answer chosen by another is repeated to the very same bytes only (`Offer.alike`)."""
 
 ENTRIES_MAX: Final = 20_000
 REQUEST_BYTES_MAX: Final = 12 * 1024
@@ -46,9 +56,13 @@ class Token(Protocol):
 
 
 class Standing(Protocol):
-    """What the answer was made of: `coherent.Repeat`. Times are monotonic seconds."""
+    """What the answer was made of: `coherent.Repeat`, `cache_repeat.Repeat`. Times are monotonic seconds."""
 
     def good(self, now: float) -> bool: ...
+
+    def used(self, now: float) -> None:
+        """It is being repeated; told when `steady_until` has passed."""
+        ...
 
     def age_s(self, now: float) -> int: ...
 
@@ -60,13 +74,20 @@ class Standing(Protocol):
 
 
 class Offer:
-    """Leave to give an answer again while `token` and `standing` hold. `count` is told how often it was."""
+    """Leave to give an answer again while `token` and `standing` hold. `count` is told how often it was. `alike`: it
+    depends on nothing in the request but its line and its `DECISIVE` fields."""
 
-    __slots__ = ("count", "standing", "token")
+    __slots__ = ("alike", "count", "standing", "token")
 
     def __init__(
-        self, token: Token | None, standing: Standing | None, count: Callable[[int], None] | None = None
+        self,
+        token: Token | None,
+        standing: Standing | None,
+        count: Callable[[int], None] | None = None,
+        *,
+        alike: bool = True,
     ) -> None:
+        self.alike = alike
         self.token = token
         self.standing = standing
         self.count = count
@@ -131,6 +152,17 @@ class Answer:
         self.wire = f"{self._status_line}{fields}\r\n".encode() + self._body
         self.steady_until = steady
 
+    def under(self, key: bytes) -> Answer:
+        """The same for another request."""
+        other = copy(self)
+        other.key = key
+        other.hits = 0
+        return other
+
+    @property
+    def weight(self) -> int:
+        return ENTRY_BYTES + len(self.key) + 2 * len(self._body)
+
     def flush(self) -> int:
         """Tell the counters of the hits since last time; how many there were."""
         hits, self.hits = self.hits, 0
@@ -169,6 +201,22 @@ class Memo:
             answer = self._ready.get(without_trace(request))
             if answer is None:
                 return None
+        return self._use(answer)
+
+    def answer_alike(self, head: bytes) -> bytes | None:
+        """The answer to a request with this head, if one to another that asks the same may be repeated now. The head
+        must have been found good (`framing.read_head`), and no body be behind it."""
+        answer = self._ready.get(essence(head))
+        if answer is None:
+            return None
+        wire = self._use(answer)
+        if wire is not None and len(head) <= REQUEST_BYTES_MAX:
+            exact = without_trace(head)
+            if self._seen_again(hash(exact)):  # the next time without a look at its lines
+                self._put(answer.under(exact))
+        return wire
+
+    def _use(self, answer: Answer) -> bytes | None:
         token, standing = answer.token, answer.standing
         now, unix = self._monotonic(), self._time()
         if (token is not None and not token.still_good(unix)) or (standing is not None and not standing.good(now)):
@@ -178,6 +226,8 @@ class Memo:
         # A wall clock that was set shows in Date within a second.
         if now >= answer.steady_until:
             self._answers.get(answer.key, now)
+            if standing is not None:
+                standing.used(now)
             answer.render(now, unix)
             answer.seconds = self._monotonic() - now
         return answer.wire
@@ -192,19 +242,22 @@ class Memo:
         if offer is None or not isinstance(response, web.Response) or len(raw) > REQUEST_BYTES_MAX:
             return
         body = response.body if response.body is not None else b""
-        if not isinstance(body, bytes) or len(body) > BODY_BYTES_MAX or response.status not in (200, 304):
+        if not isinstance(body, bytes) or len(body) > BODY_BYTES_MAX:
             return
-        if request.version != (1, 1) or "Connection" in response.headers:
+        if request.version != (1, 1) or "Connection" in response.headers or "Expect" in request.headers:
             return
-        if request.method == "HEAD" or response.status == 304:
+        if request.method == "HEAD" or response.status in (204, 304):
             body = b""
         key = without_trace(raw)
-        if not self._seen_again(hash(key)):
+        again = self._seen_again(hash(key))
+        if offer.alike:
+            alike = essence(raw)
+            if self._seen_again(hash(alike)) and not again:
+                key, again = alike, True
+        if not again:
             return
         series = self._metrics.requests.series(request.method, route, response.status)
-        answer = Answer(key, response, offer, series, body, dated=dated)
-        if self._answers.put(key, answer, ENTRY_BYTES + len(key) + 2 * len(body)):
-            self._ready[key] = answer
+        self._put(Answer(key, response, offer, series, body, dated=dated))
 
     def flush(self) -> None:
         """Tell the counters of all hits."""
@@ -212,6 +265,10 @@ class Memo:
 
     def statistics(self) -> CacheStatistics:
         return self._answers.statistics()
+
+    def _put(self, answer: Answer) -> None:
+        if self._answers.put(answer.key, answer, answer.weight):
+            self._ready[answer.key] = answer
 
     def _seen_again(self, mark: int) -> bool:
         """Whether it was, not so long ago. Two requests of one hash: the second is kept a time too early, no more."""
@@ -236,3 +293,26 @@ def without_trace(request: bytes) -> bytes:
     at = request.find(_TRACE_BEGINS)
     found = _TRACEPARENT.match(request, at - 3) if at >= 3 else None
     return request if found is None else request[: found.start()] + request[found.end() :]
+
+
+_KNOWN_NAMES_MAX: Final = 4096
+_known_names: dict[bytes, bool] = {}
+"""Whether fields of these names, as they came, are decisive."""
+
+
+def essence(head: bytes) -> bytes:
+    """What an answer from memory depends on of `head`, the good head of one request: its line and its `DECISIVE` lines,
+    as they came. Never the bytes of a head."""
+    line, *fields = head[:-4].split(b"\r\n")
+    kept = [b"=" + line]
+    known = _known_names
+    for field in fields:
+        name = field.partition(b":")[0]
+        decisive = known.get(name)
+        if decisive is None:
+            decisive = name.lower() in DECISIVE
+            if len(known) < _KNOWN_NAMES_MAX and len(name) <= 64:
+                known[name] = decisive
+        if decisive:
+            kept.append(field)
+    return b"\r\n".join(kept)

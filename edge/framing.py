@@ -81,6 +81,13 @@ _FIELDS: Final = {
     b"content_length": _Field.DROPPED,
     b"transfer_encoding": _Field.DROPPED,
 }
+# The members of an Enum are looked up slowly.
+_PLAIN: Final = _Field.PLAIN
+_HOST_FIELD: Final = _Field.HOST
+_LENGTH: Final = _Field.LENGTH
+_CODING: Final = _Field.CODING
+_EXPECT: Final = _Field.EXPECT
+_DROPPED: Final = _Field.DROPPED
 _KNOWN_NAMES_MAX: Final = 4096
 _known_names: dict[bytes, _Field] = {}
 """Names found to be tokens, in the spelling that came."""
@@ -196,23 +203,23 @@ def read_head(raw: bytes) -> Head:
             kind = _classify(name, colon)
         if len(line) > FIELD_BYTES_MAX:
             raise _large_head()
-        if kind is _Field.PLAIN:
+        if kind is _PLAIN:
             continue
         value = value.strip(b" \t")
-        if kind is _Field.HOST:
+        if kind is _HOST_FIELD:
             if host is not None:
                 raise _bad_host("There is more than one Host field.")
             host = value
-        elif kind is _Field.LENGTH:
+        elif kind is _LENGTH:
             if length:
                 raise _bad_framing("There is more than one Content-Length.")
             length = _length(value)
-        elif kind is _Field.CODING:
+        elif kind is _CODING:
             if coding:
                 raise _bad_framing("There is more than one Transfer-Encoding.")
             coding = _coding(value)
             special = True
-        elif kind is _Field.EXPECT:
+        elif kind is _EXPECT:
             expect = expect + b"," + value if expect else value
         else:
             special = True
@@ -350,7 +357,7 @@ def _classify(name: bytes, colon: bytes) -> _Field:
         if name.rstrip(b" \t") != name and colon:
             raise malformed("There is white space between a field's name and its colon.")
         raise malformed("A field line is not `name: value`.")
-    kind = _FIELDS.get(name.lower(), _Field.PLAIN)
+    kind = _FIELDS.get(name.lower(), _PLAIN)
     if len(_known_names) < _KNOWN_NAMES_MAX and len(name) <= 64:
         _known_names[name] = kind
     return kind
@@ -398,10 +405,10 @@ def _rewritten(
         kept.append(b"Host: " + shown)
     for line in lines[1:]:
         name = line.partition(b":")[0]
-        kind = _FIELDS.get(name.lower(), _Field.PLAIN)
-        if kind is _Field.CODING:
+        kind = _FIELDS.get(name.lower(), _PLAIN)
+        if kind is _CODING:
             kept.append(b"Transfer-Encoding: chunked")
-        elif kind not in (_Field.HOST, _Field.DROPPED):
+        elif kind not in (_HOST_FIELD, _DROPPED):
             kept.append(line)
     kept.append(b"\r\n")
     return b"\r\n".join(kept)

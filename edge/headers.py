@@ -101,8 +101,8 @@ def for_origin(
     for name, value in given.items():
         crosses = _crosses(name)
         if (
-            crosses is _Crosses.NEVER
-            or (crosses is _Crosses.IF_ASKED and not keep_authorization)
+            crosses is _NEVER
+            or (crosses is _IF_ASKED and not keep_authorization)
             or (dropped and name.lower() in dropped)
         ):
             continue
@@ -126,6 +126,10 @@ class _Crosses(Enum):
     YES = auto()
     IF_ASKED = auto()
     NEVER = auto()
+
+
+_IF_ASKED: Final = _Crosses.IF_ASKED
+_NEVER: Final = _Crosses.NEVER
 
 
 @lru_cache(NAMES_REMEMBERED)
@@ -155,10 +159,10 @@ def for_client(headers: Headers) -> CIMultiDict[str]:
     said: list[str] = []
     for name, value in headers.items():
         shows = _shows(name)
-        if shows is _Shows.YES:
+        if shows is _YES:
             if not (dropped and name.lower() in dropped):
                 fields.append((name, value))
-        elif shows is _Shows.VIA:
+        elif shows is _VIA:
             said.append(value)
     fields.append(("Via", ", ".join((*said, VIA)) if said else VIA))
     return CIMultiDict(fields)
@@ -170,6 +174,10 @@ class _Shows(Enum):
     YES = auto()
     VIA = auto()
     NO = auto()
+
+
+_YES: Final = _Shows.YES
+_VIA: Final = _Shows.VIA
 
 
 @lru_cache(NAMES_REMEMBERED)

@@ -513,6 +513,13 @@ class Connection(asyncio.Protocol):
                 self.kept = self._repeated = True
                 return True
             head = read_head(raw)
+            if memo is not None and not head.length and head.method in _REPEATABLE:
+                answer = memo.answer_alike(raw)
+                if answer is not None:
+                    self._buffer = data[end + 4 :]
+                    self._write_out(answer)
+                    self.kept = self._repeated = True
+                    return True
         except Problem as problem:
             self.refuse(problem)
             return False

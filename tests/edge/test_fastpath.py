@@ -112,7 +112,8 @@ async def test_other_bytes_are_other_requests(edge: RunningEdge, client: Client)
     for other in (
         ask(edge, LISTING, "traceparent: 00-nonsense-01"),
         ask(edge, LISTING, "Cache-Control: no-cache"),
-        ask(edge, LISTING, "X: 1"),
+        ask(edge, LISTING, "Accept: text/html"),
+        ask(edge, LISTING, "Expect: 100-continue"),
         ask(edge, LISTING, token=edge.signer.token(sub="bob")),
         ask(edge, LISTING, token="x"),
         ask(edge, LISTING + "&x"),
@@ -276,7 +277,7 @@ async def test_bytes_that_come_only_once_are_not_kept(edge: RunningEdge, client:
     memo = edge.edge.wire.memo
     assert memo is not None
     for n in range(20):
-        client.send(ask(edge, VERIFY, f"X-N: {n}"))
+        client.send(ask(edge, VERIFY, f"Cookie: n={n}"))
         await client.answer()
     assert memo.statistics().items == 0
 
