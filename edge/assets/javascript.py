@@ -24,10 +24,15 @@ _QUERY: Final = """
 (import_statement source: (string) @import)
 (export_statement source: (string) @import)
 (call_expression function: (import) arguments: (arguments . [(string) (template_string)] @import))
+(call_expression
+    function: (member_expression object: (meta_property) @meta property: (property_identifier) @resolve)
+    arguments: (arguments . [(string) (template_string)] @import)
+    (#eq? @meta "import.meta") (#eq? @resolve "resolve"))
 (new_expression constructor: (identifier) @made
-    arguments: (arguments . [(string) (template_string)] @url . (member_expression) @from))
-(call_expression function: (member_expression) @resolve arguments: (arguments . (string) @import-resolved))
-(call_expression function: (identifier) @called arguments: (arguments) @scripts)
+    arguments: (arguments . [(string) (template_string)] @url .
+        (member_expression object: (meta_property) @meta property: (property_identifier) @property))
+    (#eq? @made "URL") (#eq? @meta "import.meta") (#eq? @property "url"))
+(call_expression function: (identifier) @called arguments: (arguments) @scripts (#eq? @called "importScripts"))
 """
 _ESCAPE: Final = re.compile(
     r"\\(?:u\{([0-9A-Fa-f]+)\}|u([0-9A-Fa-f]{4})|x([0-9A-Fa-f]{2})|(\r\n|[\n\r\u2028\u2029])|(.))", re.DOTALL
@@ -60,23 +65,12 @@ def scan(source: bytes, *, line: int = 1) -> Script:
     return Script(tuple(sorted(set(refs), key=lambda ref: ref.start)))
 
 
-def is_sound(source: bytes) -> bool:
-    """Whether the grammar understands all of it."""
-    return not _parser().parse(source).root_node.has_error
-
-
 def _found(captures: dict[str, list[Node]]) -> list[tuple[Node, Role]]:
-    if "import" in captures:
-        return [(node, Role.IMPORT) for node in captures["import"]]
-    if "url" in captures:
-        if _text(captures["made"][0]) == "URL" and _text(captures["from"][0]) == "import.meta.url":
-            return [(node, Role.SCRIPT_URL) for node in captures["url"]]
-    elif "resolve" in captures:
-        if _text(captures["resolve"][0]) == "import.meta.resolve":
-            return [(node, Role.IMPORT) for node in captures["import-resolved"]]
-    elif "called" in captures and _text(captures["called"][0]) == "importScripts":
-        return [(node, Role.SCRIPT_URL) for node in captures["scripts"][0].named_children if node.type == "string"]
-    return []
+    found = [(node, Role.IMPORT) for node in captures.get("import", ())]
+    found += [(node, Role.SCRIPT_URL) for node in captures.get("url", ())]
+    for arguments in captures.get("scripts", ()):
+        found += [(node, Role.SCRIPT_URL) for node in arguments.named_children if node.type == "string"]
+    return found
 
 
 def _ref(node: Node, role: Role, line: int) -> Ref | None:

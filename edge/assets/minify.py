@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
-from edge.assets import css, javascript
+from msgspec import Struct
+
 from edge.assets.kinds import Kind, is_minified
 from edge.assets.refs import Ref
 
@@ -33,35 +34,33 @@ _MEDIA: Final = {Kind.CSS: "text/css", Kind.SCRIPT: "text/javascript"}
 _KEPT_COMMENTS: Final = re.compile(rb"@(?:license|preserve|cc_on)\b", re.IGNORECASE)
 
 
-def minified(source: bytes, path: str, kind: Kind) -> bytes | None:
-    """`source` made smaller; None where it should stay as it is."""
-    if _tool is None or kind not in _MEDIA or is_minified(path):
+class Looked(Struct, frozen=True):
+    """What a scanner found in one text."""
+
+    refs: tuple[Ref, ...]
+    lost_at: int = 0
+    """The line where a script could not be understood; 0: it could."""
+
+
+Look = Callable[[bytes], Looked]
+
+
+def minified(source: bytes, path: str, kind: Kind, before: Looked, look: Look) -> tuple[bytes, Looked] | None:
+    """`source` made smaller, and what is in it; None where it should stay as it is. `before` is what is in `source`."""
+    if _tool is None or kind not in _MEDIA or is_minified(path) or before.lost_at:
         return None
     if b"\0" in source or b"sourceMappingURL=" in source or _KEPT_COMMENTS.search(source):
         return None
     try:
-        text = source.decode()
-        made: bytes = _tool.string(_MEDIA[kind], text).encode()
+        made: bytes = _tool.string(_MEDIA[kind], source.decode()).encode()
     except (UnicodeDecodeError, ValueError):  # its MinifyError is one: not the language it should be
         return None
     if len(made) > len(source) * WORTH_RATIO:
         return None
-    return made if _agree(source, made, kind) else None
+    after = look(made)
+    return (made, after) if not after.lost_at and _names(before) == _names(after) else None
 
 
-def _agree(source: bytes, made: bytes, kind: Kind) -> bool:
-    if kind is Kind.CSS:
-        return _named(css.find_references, source) == _named(css.find_references, made)
-    if not javascript.may_load(source) and not javascript.may_load(made):
-        return True
-    before, after = javascript.scan(source), javascript.scan(made)
-    return not before.lost_at and not after.lost_at and _names(before.refs) == _names(after.refs)
-
-
-def _named(find: Callable[[bytes], list[Ref]], source: bytes) -> Counter[str]:
+def _names(looked: Looked) -> Counter[str]:
     # What the tool does within `data:` is its business.
-    return _names([ref for ref in find(source) if ref.url[:5].lower() != "data:"])
-
-
-def _names(refs: tuple[Ref, ...] | list[Ref]) -> Counter[str]:
-    return Counter(ref.url for ref in refs)
+    return Counter(ref.url for ref in looked.refs if ref.url[:5].lower() != "data:")

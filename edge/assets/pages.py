@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import orjson
-from msgspec import Struct
+from msgspec import Struct, structs
 from selectolax.lexbor import LexborHTMLParser
 
 from edge.assets import css, javascript
 from edge.assets.refs import Ref, Role
-from edge.assets.tags import Attribute, Tag, tags
+from edge.assets.tags import Attribute, Tag, resolved, tags
 
 _LOADED_ATTRIBUTES: Final = {
     "img": ("src",),
@@ -68,6 +68,7 @@ def scan(source: bytes) -> Page:
     seen: Counter[tuple[str, str, str]] = Counter()
     mapped: list[str] = []
     lost: list[int] = []
+    unclear = False
     folder_url: str | None = None
     lines = _Lines(source)
     for tag in tags(source):
@@ -76,10 +77,12 @@ def scan(source: bytes) -> Page:
         for attribute, kind in _loaded(tag.name, {name: item.value for name, item in tag.attributes.items()}):
             item = tag.attributes[attribute]
             seen[tag.name, attribute, item.value] += 1
+            unclear = unclear or "\ufffd" in item.value
             line = lines.at(item.start)
             refs += _of_srcset(item, source, line) if kind is None else [_of_attribute(tag, item, kind, line)]
         if "style" in tag.attributes:
-            refs += _of_style(tag.attributes["style"], source, lines)
+            item = tag.attributes["style"]
+            refs += _of_style(item, source, lines.at(item.start))
         if tag.name == "style":
             refs += _inside(css.find_references(source[slice(*tag.text)], line=lines.at(tag.text[0])), tag)
         elif tag.name == "script" and "src" not in tag.attributes:
@@ -92,7 +95,7 @@ def scan(source: bytes) -> Page:
                 script = javascript.scan(source[slice(*tag.text)], line=lines.at(tag.text[0]))
                 refs += _inside(script.refs, tag)
                 lost += [script.lost_at] if script.lost_at else []
-    if seen != _as_browsers_see(source.decode("utf-8", "replace")):
+    if unclear or seen != _as_browsers_see(source.decode("utf-8", "replace")):
         return Page(folder_url=folder_url, mapped=tuple(mapped), lost_at=tuple(lost), differs=True)
     return Page(tuple(sorted(refs, key=lambda ref: ref.start)), folder_url, tuple(mapped), tuple(lost))
 
@@ -165,27 +168,22 @@ def _of_attribute(tag: Tag, item: Attribute, role: Role, line: int) -> Ref:
 
 
 def _of_srcset(item: Attribute, source: bytes, line: int) -> list[Ref]:
-    raw = source[item.start : item.end].decode("utf-8", "replace")
-    if "&" in raw:  # a character reference: positions would not be those of the value
-        return [Ref(item.start, item.end, item.value, Role.SUBRESOURCE, line)] if "," not in raw else []
-    return [
-        Ref(
-            item.start + len(raw[:start].encode()),
-            item.start + len(raw[:end].encode()),
-            raw[start:end],
-            Role.SUBRESOURCE,
-            line,
-            in_html=True,
-        )
-        for start, end in srcset_urls(raw)
-    ]
+    value, places = resolved(source[item.start : item.end])
+    found: list[Ref] = []
+    for start, end in srcset_urls(value):
+        at, stop = len(value[:start].encode()), len(value[:end].encode())
+        if places is not None:
+            at, stop = places[at], places[stop]
+        url = value[start:end]
+        found.append(Ref(item.start + at, item.start + stop, url, Role.SUBRESOURCE, line, in_html=True))
+    return found
 
 
-def _of_style(item: Attribute, source: bytes, lines: _Lines) -> list[Ref]:
-    raw = source[item.start : item.end]
-    if b"&" in raw:  # as above; what is named stays as it is
-        return []
-    found = css.find_references(raw, line=lines.at(item.start), inside=True)
+def _of_style(item: Attribute, source: bytes, line: int) -> list[Ref]:
+    value, places = resolved(source[item.start : item.end])
+    found = css.find_references(value.encode(), line=line, inside=True)
+    if places is not None:
+        found = [structs.replace(ref, start=places[ref.start], end=places[ref.end]) for ref in found]
     return [_shifted(ref, item.start, in_html=True) for ref in found]
 
 
@@ -194,7 +192,7 @@ def _inside(refs: tuple[Ref, ...] | list[Ref], tag: Tag) -> list[Ref]:
 
 
 def _shifted(ref: Ref, by: int, *, in_html: bool) -> Ref:
-    return Ref(ref.start + by, ref.end + by, ref.url, ref.role, ref.line, in_html=in_html, quoted=ref.quoted)
+    return structs.replace(ref, start=ref.start + by, end=ref.end + by, in_html=in_html)
 
 
 def _of_import_map(source: bytes, tag: Tag, lines: _Lines) -> tuple[list[Ref], list[str]]:

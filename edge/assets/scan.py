@@ -7,13 +7,14 @@ references point to (`graph.py`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from msgspec import Struct
 
 from edge.assets import css, javascript, pages
 from edge.assets.kinds import Kind, kind_of
-from edge.assets.minify import minified
+from edge.assets.minify import Looked, minified
 from edge.assets.refs import Ref
 from edge.assets.sourcemap import find_map
 
@@ -43,24 +44,29 @@ def scan(source: bytes, path: str, *, minify: bool) -> tuple[Scanned, bytes | No
         return Scanned(page.refs, page.folder_url, page.mapped, page.lost_at, page.differs), None
     if kind not in (Kind.CSS, Kind.SCRIPT):
         return Scanned(), None
-    made = minified(source, path, kind) if minify else None
-    refs, lost_at = _references(source if made is None else made, kind)
-    if made is not None and refs:
-        refs = _with_lines(refs, _references(source, kind)[0])
-    source_map = find_map(source) if made is None else None
+    look = _look_at_styles if kind is Kind.CSS else _look_at_script
+    before = look(source)
+    smaller = minified(source, path, kind, before, look) if minify else None
+    if smaller is not None:
+        made, after = smaller
+        return Scanned(tuple(_with_lines(after.refs, before.refs))), made
+    refs = before.refs
+    source_map = find_map(source)
     if source_map is not None:
-        refs = [ref for ref in refs if ref.end <= source_map.start] + [source_map]
-    return Scanned(tuple(refs), unparsed=(lost_at,) if lost_at else ()), made
+        refs = (*(ref for ref in refs if ref.end <= source_map.start), source_map)
+    return Scanned(refs, unparsed=(before.lost_at,) if before.lost_at else ()), None
 
 
-def _references(source: bytes, kind: Kind) -> tuple[list[Ref], int]:
-    if kind is Kind.CSS:
-        return css.find_references(source), 0
+def _look_at_styles(source: bytes) -> Looked:
+    return Looked(tuple(css.find_references(source)))
+
+
+def _look_at_script(source: bytes) -> Looked:
     script = javascript.scan(source)
-    return list(script.refs), script.lost_at
+    return Looked(script.refs, script.lost_at)
 
 
-def _with_lines(made: list[Ref], original: list[Ref]) -> list[Ref]:
+def _with_lines(made: Sequence[Ref], original: Sequence[Ref]) -> list[Ref]:
     """The references of the smaller text, with the lines that their authors know; equal ones are in the same order."""
     lines: dict[str, list[int]] = {}
     for ref in reversed(original):

@@ -154,6 +154,7 @@ class Assets:
         headers["Accept-Ranges"] = "bytes"
         ranges = _ranges(request, representation, headers)
         if ranges is None and representation.size <= FILE_BYTES_MAX:
+            headers["Content-Length"] = str(representation.size)  # aiohttp says none for an empty one's HEAD
             return _offered(web.Response(body=await self._bytes(representation), headers=headers), served)
         return await self._send(request, representation, headers, ranges)
 

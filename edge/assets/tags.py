@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator
+from html.entities import html5
 from typing import Final
 
 from msgspec import Struct
@@ -27,10 +28,13 @@ _END: Final = re.compile(rb"[\t\n\f\r /]*>")
 _COMMENT_END: Final = re.compile(rb"--!?>")
 
 
+_REFERENCE: Final = re.compile(r"&(?:#(?:[0-9]+|[xX][0-9A-Fa-f]+);?|[A-Za-z][A-Za-z0-9]*;?)")
+
+
 class Attribute(Struct, frozen=True):
     name: str
     value: str
-    """Character references resolved."""
+    """Character references resolved, as they are in attributes."""
     start: int
     """Of the raw value, within its quotes."""
     end: int
@@ -68,6 +72,43 @@ def tags(source: bytes) -> Iterator[Tag]:
             at += 1
 
 
+def resolved(raw: bytes) -> tuple[str, list[int] | None]:
+    """The value of an attribute written as `raw`, and the place in `raw` of each byte of it, and of its end; None where
+    they are the same. An ampersand that is no reference in an attribute (`?a=1&copy=2`, §13.2.5.73) stays."""
+    text = raw.decode("utf-8", "replace")
+    if "&" not in text or "\ufffd" in text:
+        return text, None
+    parts: list[str] = []
+    places: list[int] = []
+    at = byte = 0
+    for found in _REFERENCE.finditer(text):
+        value, length = _referred(found[0], text[found.end() : found.end() + 1])
+        if not length:
+            continue
+        before = text[at : found.start()]
+        size = len(before.encode())
+        places += range(byte, byte + size)
+        byte += size
+        places += [byte] * len(value.encode("utf-8", "replace"))
+        byte += length
+        parts += (before, value)
+        at = found.start() + length
+    parts.append(text[at:])
+    places += range(byte, len(raw) + 1)
+    return "".join(parts), places
+
+
+def _referred(reference: str, behind: str) -> tuple[str, int]:
+    """What a character reference stands for, and how much of it is one; 0: none."""
+    if reference[1] == "#":
+        return html.unescape(reference), len(reference)
+    # A longer name that begins with one is none: in an attribute nothing of a word may follow.
+    name = reference[1:]
+    if name not in html5 or not (name.endswith(";") or not (behind == "=" or behind.isalnum())):
+        return "", 0
+    return html5[name], len(reference)
+
+
 def _tag(source: bytes, start: int, name: re.Match[bytes]) -> tuple[Tag | None, int]:
     attributes: dict[str, Attribute] = {}
     at = name.end()
@@ -95,7 +136,7 @@ def _attribute(found: re.Match[bytes]) -> Attribute:
     start, end = found.span(group) if group else (found.end(), found.end())
     return Attribute(
         found["name"].decode("utf-8", "replace").lower(),
-        html.unescape(raw.decode("utf-8", "replace")),
+        resolved(raw)[0],
         start,
         end,
         (found.start("name"), found.end()),
