@@ -57,14 +57,18 @@ function watch(expires) {
   if (left < 2 ** 31) timer = setTimeout(() => session.end("expired"), Math.max(left, 0));
 }
 
+export function isSignInLink() {
+  return location.hash.startsWith("#token=");
+}
+
 /**
  * The token of a link `#token=…`, which is out of the address bar and the history before anything else happens. Only
  * on this machine: elsewhere a link that signs somebody in as somebody else is a trap.
  */
 export function tokenFromLink() {
   const found = /^#token=([\w.~+/=-]+)$/.exec(location.hash);
+  if (isSignInLink()) history.replaceState(null, "", location.pathname + location.search);
   if (!found) return null;
-  history.replaceState(null, "", location.pathname + location.search);
   return LOOPBACK.includes(location.hostname) ? found[1] : null;
 }
 
