@@ -126,7 +126,7 @@ class Assets:
             log.error("assets can't be read: %s", exc)
         self._seen = seen
 
-    async def answer(self, request: web.Request, path: str) -> web.StreamResponse:
+    async def answer(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
         """The answer to a request below `PREFIX`, `path` as it came. Problem."""
         if request.method == hdrs.METH_OPTIONS:
             return web.Response(status=204, headers=_PREFLIGHT)
@@ -186,7 +186,7 @@ class Assets:
 
     async def _send(
         self,
-        request: web.Request,
+        request: web.BaseRequest,
         representation: Representation,
         headers: CIMultiDict[str],
         ranges: Sequence[tuple[int, int]] | None,
@@ -291,7 +291,9 @@ def _headers(served: Served, representation: Representation) -> CIMultiDict[str]
     return headers
 
 
-def _condition(request: web.Request, representation: Representation, headers: CIMultiDict[str]) -> web.Response | None:
+def _condition(
+    request: web.BaseRequest, representation: Representation, headers: CIMultiDict[str]
+) -> web.Response | None:
     """412 or 304, if it comes to that. There are no dates: the same file was built at many times."""
     if_match = request.headers.getall(hdrs.IF_MATCH, ())
     if if_match and not matches(if_match, representation.etag, weak=False):
@@ -303,7 +305,7 @@ def _condition(request: web.Request, representation: Representation, headers: CI
 
 
 def _ranges(
-    request: web.Request, representation: Representation, headers: CIMultiDict[str]
+    request: web.BaseRequest, representation: Representation, headers: CIMultiDict[str]
 ) -> list[tuple[int, int]] | None:
     lines = request.headers.getall(hdrs.RANGE, ())
     if not lines or request.method != hdrs.METH_GET:
