@@ -1,7 +1,7 @@
 // Who is signed in. The token lives in this tab's session storage and nowhere else; it is shown to nobody but the API.
 
 const KEY = "weft.token";
-const LOOPBACK = ["127.0.0.1", "localhost", "[::1]"];
+const LOOPBACK = /^(localhost|127(\.\d+){3}|\[::1\])$/;
 
 let held = null;
 let claims = null;
@@ -69,7 +69,7 @@ export function tokenFromLink() {
   const found = /^#token=([\w.~+/=-]+)$/.exec(location.hash);
   if (isSignInLink()) history.replaceState(null, "", location.pathname + location.search);
   if (!found) return null;
-  return LOOPBACK.includes(location.hostname) ? found[1] : null;
+  return LOOPBACK.test(location.hostname) ? found[1] : null;
 }
 
 /** A token as people paste it: with its scheme, line breaks and quotes. */
