@@ -4,6 +4,8 @@
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What the console is built from: installing builds it.
+CONSOLE := hatch_build.py edge/console/build.py $(shell find edge/console/web -type f)
 
 export PIP_CACHE_DIR ?= $(CURDIR)/.cache/pip
 export UV_CACHE_DIR ?= $(CURDIR)/.cache/uv
@@ -68,12 +70,12 @@ lock: install
 	@! grep -nE '://|^ *--(index|extra-index|find-links|trusted)| @ ' requirements.lock
 
 clean:
-	rm -rf $(VENV) .cache build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .cache build dist edge/console/built .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Setting up: an interpreter, uv as the lock pins it, what the lock names, and this project (built offline, its
 # build backend is in the lock). Where uv cannot be had or cannot reach its index, pip does the same, slower.
-$(STAMP): $(BIN)/python requirements.lock pyproject.toml
+$(STAMP): $(BIN)/python requirements.lock pyproject.toml $(CONSOLE)
 	@awk '/^[A-Za-z]/ { keep = /^uv==/ } keep' requirements.lock > $(VENV)/uv.lock
 	@$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r $(VENV)/uv.lock \
 		&& $(BIN)/uv pip sync --quiet --require-hashes requirements.lock \

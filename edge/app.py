@@ -159,7 +159,7 @@ class Edge:
         self.feed: Feed | None = None
         self.coherent: Coherent | None = None
         # A plain proxy has no console: what is at `/` is its origin's.
-        self.console = Console() if settings.region and "/" not in edge.public else None
+        self.console = Console(clock=clock) if settings.region and "/" not in edge.public else None
         if settings.region:
             key = load_peer_key(settings.sync.peer_key_file)
             name = f"edge:{settings.region}"
@@ -236,8 +236,8 @@ class Edge:
         if (answer := check_way(request)) is not None:
             return answer
         path = target_of(request).partition("?")[0]
-        if self.console is not None and (answer := self.console.answer(request, path)) is not None:
-            return answer
+        if self.console is not None and self.console.has(request.method, path):
+            return await self.console.answer(request, path)
         access = self._rules.access(path)
         if access is Access.NEVER:
             raise Problem(404, "not-found", "Nothing is served at this path.")
@@ -306,6 +306,9 @@ class Edge:
             "presence": self.presence.run(self._lifecycle.draining),
             "wire": self.wire.run(),
         }
+        if self.console is not None:
+            await self.console.assets.look()
+            work["console"] = self.console.assets.run()
         if self.assets is not None:
             await self.assets.look()
             work["assets"] = self.assets.run()

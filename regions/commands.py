@@ -13,8 +13,10 @@ import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import click
 import msgspec
@@ -127,8 +129,11 @@ def _announce(plan: Plan, loaded: Mapping[str, Settings], pids: Mapping[str, int
     places = local.places(plan, loaded, pids)
     token = plan.folder.user_token()
     first = places.regions[0].edge
+    # What is behind the # is sent to no server, and the console takes it out of the address at once.
+    sign_in = f"{first}/#token={token}" if _is_this_machine(first) else None
     if as_json:
-        print_json({**msgspec.to_builtins(places), "console": f"{first}/", "user": USER, "token": token})
+        addresses = {"console": f"{first}/", "sign_in": sign_in}
+        print_json({**msgspec.to_builtins(places), **addresses, "user": USER, "token": token})
         return
     rows = [("console", f"{first}/"), *((it.name, f"edge {it.edge}  region {it.region}") for it in places.regions)]
     rows += [("data", str(plan.folder.path)), ("stop", "Ctrl-C")]
@@ -139,8 +144,18 @@ def _announce(plan: Plan, loaded: Mapping[str, Settings], pids: Mapping[str, int
         out.print(Panel(Text("\n".join(lines)), title="Weft is up", expand=False))
     else:
         click.echo("\n".join(lines))
-    # In a line of its own and never wrapped, so that it can be pasted.
+    # In lines of their own and never wrapped, so that they can be pasted.
+    if sign_in is not None:
+        click.echo(f"sign in  {sign_in}")
     click.echo(f'curl -H "Authorization: Bearer {token}" {first}/api/threads')
+
+
+def _is_this_machine(url: str) -> bool:
+    """Consoles take a token from a link on this machine only."""
+    try:
+        return ip_address(urlsplit(url).hostname or "").is_loopback
+    except ValueError:
+        return False
 
 
 # ---------------------------------------------------------------- token

@@ -1,23 +1,24 @@
-"""The console's document at `/` and what it is made of, from memory.
+"""The console's document at `/`, and its files below `/cdn/console/`.
 
-Promise: everything is read once, at the start; the document allows no script or style but the console's own files, no
-HTML made from text but what DOMPurify made harmless, no picture but those a thread holds itself, and no address but
-this edge's; it may be shown in no frame. Left to others: which requests come here (`edge.app`), what the console does
-(`src/`).
+Promise: they are served as all assets are, the document by its own name asked for again each time; it allows no script
+or style but files of this edge, no HTML made from text but what DOMPurify made harmless, no picture but those that a
+thread holds itself, and no address but this edge's; it may be shown in no frame. Left to others: which requests come
+here (`edge.app`), negotiation, conditions and ranges (`edge.assets.serve`), what the console does (`web/console/`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import mimetypes
 from pathlib import Path
 from typing import Final
 
 from aiohttp import web
 
-SOURCES: Final = Path(__file__).parent / "src"
-PREFIX: Final = "/console/"
+from edge.assets.serve import PREFIX, Assets
+from edge.console.build import BUILT
+from infra.clock import SYSTEM_CLOCK, Clock
+from infra.problem import Problem
 
+DOCUMENT: Final = "console/index.html"
 POLICY: Final = "; ".join(
     (
         "default-src 'none'",
@@ -32,52 +33,40 @@ POLICY: Final = "; ".join(
         "trusted-types dompurify",
     )
 )
-DOCUMENT_HEADERS: Final = {
-    "Content-Type": "text/html; charset=utf-8",
+_DOCUMENT_HEADERS: Final = {
     "Content-Security-Policy": POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
     "X-Robots-Tag": "noindex",
-    "Cache-Control": "no-cache",
 }
+_FOR_OTHER_SITES: Final = ("Access-Control-Allow-Origin", "Access-Control-Expose-Headers")
 
 
 class Console:
-    """The console's files."""
+    """What was built of it, in `folder`. `assets` has to look, and to run, as any."""
 
-    def __init__(self, folder: Path = SOURCES) -> None:
-        self._files = {
-            PREFIX + path.relative_to(folder).as_posix(): (path.read_bytes(), _type_of(path.name))
-            for path in folder.rglob("*")
-            if path.is_file() and path.name != "index.html"
-        }
-        self._document = (folder / "index.html").read_bytes().replace(b'"./', b'"/console/')
+    def __init__(self, folder: Path = BUILT, *, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.assets = Assets(folder, clock=clock)
 
-    def answer(self, request: web.BaseRequest, path: str) -> web.Response | None:
-        """What is at `path`; None when it is not the console's."""
-        if request.method not in ("GET", "HEAD"):
-            return None
+    def has(self, method: str, path: str) -> bool:
+        """Whether a request is the console's to answer."""
         if path == "/":
-            return _validated(request, self._document, dict(DOCUMENT_HEADERS))
-        found = self._files.get(path)
-        if found is None:
-            return None
-        body, kind = found
-        return _validated(
-            request, body, {"Content-Type": kind, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
-        )
+            return method in ("GET", "HEAD")
+        return path.startswith(PREFIX) and self.assets.knows(path.removeprefix(PREFIX))
 
-
-def _type_of(name: str) -> str:
-    if name.endswith((".js", ".mjs")):
-        return "text/javascript; charset=utf-8"
-    return mimetypes.guess_type(name)[0] or "application/octet-stream"
-
-
-def _validated(request: web.BaseRequest, body: bytes, headers: dict[str, str]) -> web.Response:
-    tag = hashlib.sha256(body).hexdigest()[:32]
-    headers["ETag"] = f'"{tag}"'
-    if any(etag.value in (tag, "*") for etag in request.if_none_match or ()):
-        return web.Response(status=304, headers=headers)
-    return web.Response(body=body, headers=headers)
+    async def answer(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        """The answer to a request that it has. Problem."""
+        if path != "/":
+            response = await self.assets.answer(request, path)
+            is_document = path.endswith(".html")  # by its own name, or the one it has for good
+        elif not self.assets.knows(DOCUMENT):
+            raise Problem(503, "console-not-built", "The console was not built; `make install` builds it.")
+        else:
+            response = await self.assets.answer(request, PREFIX + DOCUMENT)
+            is_document = True
+        if is_document:
+            response.headers.update(_DOCUMENT_HEADERS)
+            for name in _FOR_OTHER_SITES:
+                response.headers.popall(name, None)
+        return response

@@ -1,4 +1,4 @@
-"""One cluster of one region and one Chromium for the tests of a module; a reader for each test."""
+"""One cluster of one region for all, one Chromium for the tests of a module, readers of its own for each test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PHONE = (360, 740, True)
 REGION = "us-east"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     executable()  # nothing is started where there is no Chromium
     data = tmp_path_factory.mktemp("cluster") / "data"

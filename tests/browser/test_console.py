@@ -159,7 +159,7 @@ async def test_a_team_sees_whose_thread_it_is_and_what_is_public(console: Consol
             "s.dispatchEvent(new Event('change')); })()"
         )
         await page.wait("document.querySelectorAll('.threads li').length === 2")
-        rows = await page.evaluate("[...document.querySelectorAll('.threads li')].map((it) => it.innerText)")
+        rows = await page.evaluate("[...document.querySelectorAll('.threads li')].map((it) => it.textContent)")
         assert all(ada.name in row for row in rows)
         assert [("For the team" in row, "team" in row.lower()) for row in rows if "public" not in row] == [(True, True)]
         # A stranger's public thread is for those who have its link.

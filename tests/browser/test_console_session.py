@@ -136,7 +136,7 @@ async def test_the_region_says_how_it_is(console: Console):
     async with console.tab(PHONE) as page:
         await console.enter(page, ada)
         await page.wait("document.querySelector('.pill .dot.ok')", what="ready")
-        assert "us-east" in await page.text(".pill")
+        await page.wait("document.querySelector('.pill').textContent === 'us-east'", what="an answer said which region")
         await page.click(".pill")
         await page.wait("document.querySelector('.panel:popover-open')")
         await page.wait("document.querySelector('.panel').textContent.includes('Lag')")

@@ -368,7 +368,9 @@ def test_a_new_cluster_says_where_it_is_and_has_something_to_show(cluster: Runni
     wait_until(lambda: "/api/threads\n" in log.read_text(), what="the announcement")
     said = log.read_text()
     assert f"console  {cluster.edge('solo')}/" in said
+    link = next(line for line in said.splitlines() if line.startswith("sign in  "))
     line = next(line for line in said.splitlines() if line.startswith("curl "))
+    assert link == f"sign in  {cluster.edge('solo')}/#token={jwt_in(line)}"
     assert f"Authorization: Bearer {jwt_in(line)}" in line and line.endswith(f"{cluster.edge('solo')}/api/threads")
     listed = json.loads(weft("threads", "list", "--data", str(cluster.data), "--json").stdout)
     assert listed and all(thread["owner"] == "developer" for thread in listed)

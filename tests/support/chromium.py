@@ -56,7 +56,7 @@ class Page:
     """A tab. `trouble` is what went wrong in it, in order; tests expect it to be empty."""
 
     browser: Browser
-    target: str
+    context: str
     session: str
     trouble: list[str] = field(default_factory=list)
     requested: list[str] = field(default_factory=list)
@@ -235,7 +235,7 @@ class Browser:
         created = await self.send("Target.createTarget", {"url": "about:blank", "browserContextId": context})
         target = created["targetId"]
         attached = await self.send("Target.attachToTarget", {"targetId": target, "flatten": True})
-        page = self._pages[attached["sessionId"]] = Page(self, target, attached["sessionId"])
+        page = self._pages[attached["sessionId"]] = Page(self, context, attached["sessionId"])
         for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
             await page.send(f"{domain}.enable")
         await page.resize(width, height, phone=phone)

@@ -38,8 +38,9 @@ export function purifyMarkdown(html) {
   }
   for (const input of fragment.querySelectorAll("input")) {
     // The boxes of task lists, which nobody can tick; no other input.
-    if (input.getAttribute("type") === "checkbox") input.disabled = true;
-    else input.remove();
+    if (input.getAttribute("type") !== "checkbox") input.remove();
+    input.disabled = true;
+    input.setAttribute("aria-label", input.checked ? "done" : "not done");
   }
   return fragment;
 }

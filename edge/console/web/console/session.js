@@ -1,7 +1,7 @@
 // Who is signed in. The token lives in this tab's session storage and nowhere else; it is shown to nobody but the API.
 
 const KEY = "weft.token";
-const LOOPBACK = ["127.0.0.1", "localhost", "[::1]"];
+const LOOPBACK = /^(localhost|127(\.\d+){3}|\[::1\])$/;
 
 let held = null;
 let claims = null;
@@ -57,15 +57,19 @@ function watch(expires) {
   if (left < 2 ** 31) timer = setTimeout(() => session.end("expired"), Math.max(left, 0));
 }
 
+export function isSignInLink() {
+  return location.hash.startsWith("#token=");
+}
+
 /**
  * The token of a link `#token=…`, which is out of the address bar and the history before anything else happens. Only
  * on this machine: elsewhere a link that signs somebody in as somebody else is a trap.
  */
 export function tokenFromLink() {
   const found = /^#token=([\w.~+/=-]+)$/.exec(location.hash);
+  if (isSignInLink()) history.replaceState(null, "", location.pathname + location.search);
   if (!found) return null;
-  history.replaceState(null, "", location.pathname + location.search);
-  return LOOPBACK.includes(location.hostname) ? found[1] : null;
+  return LOOPBACK.test(location.hostname) ? found[1] : null;
 }
 
 /** A token as people paste it: with its scheme, line breaks and quotes. */

@@ -5,7 +5,7 @@ import { follow } from "./events.js";
 import * as keys from "./keys.js";
 import { Reader } from "./reader.js";
 import * as route from "./route.js";
-import { session, tokenFromLink } from "./session.js";
+import { isSignInLink, session, tokenFromLink } from "./session.js";
 import { signInView, verify } from "./signin.js";
 import { empty, failure } from "./states.js";
 import { Status } from "./status.js";
@@ -136,12 +136,12 @@ class Screen {
 
   back() {
     const was = this.reader?.id;
-    this.go({ filters: route.read().filters });
+    this.go({ thread: null, filters: route.read().filters });
     this.threads.rows.get(was)?.firstElementChild.focus();
   }
 
   show() {
-    if (location.hash.startsWith("#token=")) return location.reload(); // a sign-in link, opened over this page
+    if (isSignInLink()) return;
     const at = route.read();
     this.threads.show(at);
     this.element.classList.toggle("reading", at.thread !== null);
@@ -202,21 +202,22 @@ function signIn(options) {
   app.replaceChildren(signInView({ ...options, onDone: enter }));
 }
 
-async function start() {
-  session.onEnd((why) => signIn({ why }));
-  const linked = tokenFromLink();
-  const token = linked ?? session.token;
+/** In with a token that was kept, or came by a link; to the form when there is none, or it is not believed. */
+async function start(token, linked) {
   if (!token) return signIn({});
   try {
     session.begin(token, await verify(token));
   } catch (error) {
-    if (error.status === 401 || error.status === 400) {
-      session.end(linked ? "out" : "refused");
-      return signIn(linked ? { error } : { why: "refused" });
+    if (error.status !== 401 && error.status !== 400) {
+      return app.replaceChildren(h("main", { class: "nothing", id: "main" }, failure(error, () => start(token, linked))));
     }
-    return app.replaceChildren(h("main", { class: "nothing", id: "main" }, failure(error, start)));
+    session.end("refused");
+    return linked ? signIn({ error }) : undefined;
   }
   enter();
 }
 
-start();
+session.onEnd((why) => signIn({ why }));
+addEventListener("hashchange", () => isSignInLink() && location.reload()); // a link that is opened over this page
+const linked = tokenFromLink();
+start(linked ?? session.token, linked !== null);
