@@ -29,7 +29,7 @@ from origin.store.replication import (
     ThreadDelta,
 )
 from origin.thread import ZERO_HASH, Entry, Kind, chain_hash
-from tests.contract.conftest import Engine, OpenEngine
+from tests.contract.conftest import ENGINES, Engine, OpenEngine
 from tests.support.builders import (
     ANN,
     REGIONS,
@@ -49,7 +49,7 @@ from tests.support.builders import (
 )
 from tests.support.elections import elect
 
-pytestmark = pytest.mark.parametrize("open_engine", ["memory", "sqlite", "dynamodb"], indirect=True)
+pytestmark = pytest.mark.parametrize("open_engine", ENGINES, indirect=True)
 
 T = "11111111-1111-4111-8111-111111111111"
 OTHER = "22222222-2222-4222-8222-222222222222"

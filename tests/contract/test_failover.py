@@ -33,7 +33,7 @@ from origin.store.replication import (
     Win,
 )
 from origin.store.sqlite import SqliteStore
-from tests.contract.conftest import Engine, OpenEngine
+from tests.contract.conftest import ENGINES, Engine, OpenEngine
 from tests.support.builders import (
     ANN,
     REGIONS,
@@ -54,7 +54,7 @@ from tests.support.builders import (
 from tests.support.elections import check_logs, elect, ids_of, log_of, send_all
 from tests.support.fakeclock import FakeClock
 
-both = pytest.mark.parametrize("open_engine", ["memory", "sqlite", "dynamodb"], indirect=True)
+both = pytest.mark.parametrize("open_engine", ENGINES, indirect=True)
 
 T = "11111111-1111-4111-8111-111111111111"
 OTHER = "22222222-2222-4222-8222-222222222222"

@@ -14,11 +14,12 @@ from origin.store.base import (
     ListQuery,
     ThreadStore,
 )
+from tests.contract.conftest import ENGINES
 from tests.support.builders import ANN, BOB, append, change, create, delete, message, messages, patch, user
 
 pytestmark = [
     pytest.mark.parametrize("batched", [False], ids=["plain"]),
-    pytest.mark.parametrize("open_engine", ["memory", "sqlite", "dynamodb"], indirect=True),
+    pytest.mark.parametrize("open_engine", ENGINES, indirect=True),
 ]
 
 

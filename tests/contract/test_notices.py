@@ -12,14 +12,14 @@ from origin.notices import Announce, Notice, NoticesFull, NoticesKept, TakeNotic
 from origin.store import sqlite
 from origin.store.replication import ReplicaLog, Settle, Trim
 from origin.store.sqlite import SqliteStore, schema_version
-from tests.contract.conftest import Engine
+from tests.contract.conftest import ENGINES, Engine
 from tests.support.builders import REGIONS, commit_one, create
 from tests.support.fakeclock import FakeClock
 
 HERE, PEER, THIRD = REGIONS
 T = "11111111-1111-4111-8111-111111111111"
 HOUR_US = 3_600_000_000
-engines = pytest.mark.parametrize("open_engine", ["memory", "sqlite", "dynamodb"], indirect=True)
+engines = pytest.mark.parametrize("open_engine", ENGINES, indirect=True)
 
 
 def revoked(clock: FakeClock, name: str = "t1", *, hours: int = 2, before_us: int = 0) -> Notice:

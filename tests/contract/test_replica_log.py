@@ -26,7 +26,7 @@ from origin.store.replication import (
     Unpark,
 )
 from origin.thread import CLAIMS_PREFIX
-from tests.contract.conftest import Engine, OpenEngine
+from tests.contract.conftest import ENGINES, Engine, OpenEngine
 from tests.support.builders import (
     ANN,
     BOB,
@@ -48,7 +48,7 @@ from tests.support.builders import (
 )
 from tests.support.fakeclock import FakeClock
 
-pytestmark = pytest.mark.parametrize("open_engine", ["memory", "sqlite", "dynamodb"], indirect=True)
+pytestmark = pytest.mark.parametrize("open_engine", ENGINES, indirect=True)
 
 T = "11111111-1111-4111-8111-111111111111"
 OTHER = "22222222-2222-4222-8222-222222222222"

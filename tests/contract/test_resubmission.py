@@ -25,7 +25,7 @@ from origin.store.replication import (
     Resubmitted,
 )
 from origin.thread import CLAIMS_PREFIX, ClaimBody, Entry, EntryMeta, PatchBody, encode
-from tests.contract.conftest import Engine, OpenEngine
+from tests.contract.conftest import ENGINES, Engine, OpenEngine
 from tests.support.builders import (
     REGIONS,
     append,
@@ -43,7 +43,7 @@ from tests.support.builders import (
 )
 from tests.support.elections import check_logs, elect, ids_of, log_of, send_all, submit_saved
 
-pytestmark = pytest.mark.parametrize("open_engine", ["memory", "sqlite", "dynamodb"], indirect=True)
+pytestmark = pytest.mark.parametrize("open_engine", ENGINES, indirect=True)
 
 T = "11111111-1111-4111-8111-111111111111"
 OTHER = "22222222-2222-4222-8222-222222222222"

@@ -28,7 +28,7 @@ from origin.store.replication import (
     Resubmitted,
 )
 from origin.store.sqlite import SqliteStore
-from tests.contract.conftest import Engine, OpenEngine
+from tests.contract.conftest import ENGINES, Engine, OpenEngine
 from tests.support.builders import (
     REGIONS,
     append,
@@ -48,7 +48,7 @@ from tests.support.builders import (
 from tests.support.elections import check_logs, elect, ids_of, log_of, send_all, submit_saved
 from tests.support.fakeclock import FakeClock
 
-both = pytest.mark.parametrize("open_engine", ["memory", "sqlite", "dynamodb"], indirect=True)
+both = pytest.mark.parametrize("open_engine", ENGINES, indirect=True)
 
 T = "11111111-1111-4111-8111-111111111111"
 OTHER = "22222222-2222-4222-8222-222222222222"

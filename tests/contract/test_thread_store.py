@@ -24,6 +24,7 @@ from origin.store.base import (
     Version,
 )
 from origin.thread import chain_hash
+from tests.contract.conftest import ENGINES
 from tests.support.builders import (
     ANN,
     AT,
@@ -45,7 +46,7 @@ from tests.support.fakeclock import FakeClock
 
 pytestmark = [
     pytest.mark.parametrize("batched", [False, True], ids=["plain", "batched"]),
-    pytest.mark.parametrize("open_engine", ["memory", "sqlite", "dynamodb"], indirect=True),
+    pytest.mark.parametrize("open_engine", ENGINES, indirect=True),
 ]
 
 T = "11111111-1111-4111-8111-111111111111"
