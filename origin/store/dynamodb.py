@@ -85,7 +85,7 @@ class DynamoStore:
             await feed.load()
         except (TableError, AwsFault) as error:
             raise base.StoreFailed(f"the store can't be opened: {error}") from error
-        reader = TableReader(table, bodies, feed, writer, clock=clock)
+        reader = TableReader(table, bodies, feed, writer, clock=clock, rng=random_source)
         return cls(table, feed, writer, reader, region=region)
 
     @property

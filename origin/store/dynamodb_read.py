@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final, TypeVar
 
 import msgspec
@@ -22,7 +23,7 @@ from origin.access import may_read
 from origin.store import base, replication
 from origin.store.base import Freshness, Written
 from origin.store.dynamodb_commit import TableWriter
-from origin.store.dynamodb_feed import TableFeed
+from origin.store.dynamodb_feed import TableFeed, patiently
 from origin.store.dynamodb_items import (
     GRAVEYARD,
     GROUP_SHARDS,
@@ -66,7 +67,7 @@ from origin.store.queries import (
     order_saved,
     phrases_of,
 )
-from origin.store.table import Item
+from origin.store.table import Item, Key, Page
 from origin.store.table import Table as AnyTable
 from origin.thread import ENTRIES_PER_THREAD_MAX, ZERO_HASH, Entry, Row, Version
 
@@ -94,6 +95,28 @@ class Part(msgspec.Struct, frozen=True):
     entries: Sequence[Stored]
 
 
+class Asking:
+    """A table that is asked again when no answer comes: reading may be done any number of times."""
+
+    def __init__(self, table: AnyTable, clock: Clock, rng: random.Random) -> None:
+        self._table = table
+        self._clock = clock
+        self._rng = rng
+
+    async def get(self, key: Key) -> Item | None:
+        return await patiently(lambda: self._table.get(key), clock=self._clock, rng=self._rng)
+
+    async def get_many(self, keys: Collection[Key]) -> Mapping[Key, Item]:
+        return await patiently(lambda: self._table.get_many(keys), clock=self._clock, rng=self._rng)
+
+    async def query(
+        self, pk: str, first: str = "", last: str = "\U0010ffff", *, limit: int | None = None, reverse: bool = False
+    ) -> Page:
+        return await patiently(
+            lambda: self._table.query(pk, first, last, limit=limit, reverse=reverse), clock=self._clock, rng=self._rng
+        )
+
+
 class TableReader:
     """Answers questions over one table."""
 
@@ -105,8 +128,9 @@ class TableReader:
         writer: TableWriter,
         *,
         clock: Clock,
+        rng: random.Random,
     ) -> None:
-        self._table = table
+        self._table = Asking(table, clock, rng)
         self._bodies = bodies
         self._feed = feed
         self._writer = writer
@@ -460,10 +484,12 @@ class TableReader:
     # ------------------------------------------------------------ the feed
 
     async def changes(self, after: int, limit: int) -> Sequence[base.Change]:
-        if after >= self._feed.frontier:
-            await self._feed.advance()
         fresh = self._writer.fresh
         rows = await self._feed.rows(after, limit)
+        # Who asks behind this server's own commit is given that, without asking the table what others do.
+        if len(rows) < limit and not (rows and rows[-1][0] in fresh):
+            await self._feed.advance()
+            rows = await self._feed.rows(after, limit)
         others = await self.threads({row.thread_id for position, row in rows if position not in fresh}, cold=False)
         changes: list[base.Change] = []
         for position, row in rows:
