@@ -31,7 +31,7 @@ from tests.support.fakeclock import FakeClock
 ISSUER = "https://login.example"
 AUDIENCE = "weft"
 REGION = "us-east"
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
