@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from infra.clock import Clock
+from infra.leases import Held, Lease, Sole
 from infra.queues import LeaseQueue
 from origin.feed import Feed
 from origin.store import base, replication
@@ -44,6 +45,8 @@ KEYS_KEPT_S: Final = 24 * 3600
 
 Queues = Callable[[str], LeaseQueue]
 """The queue for a target."""
+Leases = Callable[[str], Lease]
+"""The lease of a name, in this process' name, not started."""
 
 _logger = logging.getLogger(__name__)
 
@@ -92,11 +95,12 @@ async def open_node(
     rng: random.Random,
     limits: NodeLimits,
     queues: Queues | None = None,
+    leases: Leases | None = None,
 ) -> AsyncGenerator[Node]:
     """Start every part over an open `engine`; stop and flush them at the end. The engine stays open.
 
-    `queues`: the queue of the work for each target, which several servers of this region share; None: this is its only
-    one.
+    `queues`: the queue of the work for each target, which several servers of this region share, and `leases` for what
+    one of them is enough for; None: this is its only one.
     """
     async with AsyncExitStack() as stack:
         writer = BatchedWriter(
@@ -109,9 +113,19 @@ async def open_node(
         stack.push_async_callback(feed.stop)
         followers = Followers(feed, clock, lease_s=limits.edge_lease_s)
 
+        async def lease(name: str) -> Held:
+            if leases is None:
+                return Sole()
+            made = leases(name)
+            await made.start()
+            stack.push_async_callback(made.close)
+            return made
+
+        sweeps, housekeeping = await lease("sweeps"), await lease("housekeeping")
+
         def works(target: str) -> Work:
             assert queues is not None
-            return QueuedWork(target, engine, queues(target), clock=clock, rng=rng)
+            return QueuedWork(target, engine, queues(target), clock=clock, rng=rng, sweeps=sweeps)
 
         replicator = Replicator(
             topology=topology,
@@ -173,6 +187,7 @@ async def open_node(
             clock=clock,
             rng=rng,
             every_s=limits.repair_every_s,
+            lease=housekeeping,
         )
         membership = Membership(
             topology=topology,
@@ -244,7 +259,7 @@ async def open_node(
         for part in (membership, replicator, notices, joining, failover, repair, healing, tails):
             await part.start()
             stack.push_async_callback(part.close)
-        trim = asyncio.create_task(_trim(writer, limits.feed_rows_max, clock), name="trim")
+        trim = asyncio.create_task(_trim(writer, limits.feed_rows_max, clock, housekeeping), name="trim")
         stack.push_async_callback(_cancel, trim)
         yield Node(
             topology=topology,
@@ -265,10 +280,12 @@ async def open_node(
         )
 
 
-async def _trim(writer: BatchedWriter, feed_rows_max: int, clock: Clock) -> None:
+async def _trim(writer: BatchedWriter, feed_rows_max: int, clock: Clock, lease: Held) -> None:
     """Keep what only has to be kept for a while bounded."""
     while True:
         await clock.sleep(TRIM_SECONDS)
+        if not lease.held:
+            continue
         try:
             before_us = int((clock.time() - KEYS_KEPT_S) * 1_000_000)
             await writer.submit(replication.Trim(before_us, feed_rows_max))

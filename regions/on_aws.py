@@ -7,15 +7,18 @@ and what to do. Left to others: looking (`infra.awscheck`), and showing what was
 from __future__ import annotations
 
 import asyncio
+import random
 
 import msgspec
 
 from infra.aws import Aws, AwsOptions
 from infra.awscheck import AwsFinding, Needs, QueueNeed, TableNeed, check
+from infra.clock import Clock
+from infra.leases import DynamoLeases, Lease
 from infra.queues import SqsQueue
 from infra.settings import Settings
 from origin.store import table_schema
-from regions.node import Queues
+from regions.node import Leases, Queues
 from regions.work import Note
 
 
@@ -35,6 +38,15 @@ def queue_name(prefix: str, region: str, target: str) -> str:
 def queues_of(settings: Settings, aws: Aws) -> Queues:
     prefix, region = settings.store.queue_prefix, settings.region
     return lambda target: SqsQueue(aws, queue_name(prefix, region, target))
+
+
+def leases_of(settings: Settings, aws: Aws, *, clock: Clock, rng: random.Random) -> Leases:
+    """Leases in the region's table, in the name of this process and no other."""
+    me = f"{rng.getrandbits(128):032x}"
+    table = settings.store.table
+    keys = {"partition_key": table_schema.PARTITION_KEY, "sort_key": table_schema.SORT_KEY}
+    records = DynamoLeases(aws, table, **keys)
+    return lambda name: Lease(name, me, records, clock=clock, rng=rng)
 
 
 def needs_of(settings: Settings) -> Needs:

@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from infra.clock import Clock
+from infra.leases import Held, Sole
 from origin.store import replication
 from origin.store.base import StoreError
 from origin.store.replication import (
@@ -78,7 +79,9 @@ class Repair:
         clock: Clock,
         rng: random.Random,
         every_s: float = EVERY_S,
+        lease: Held | None = None,
     ) -> None:
+        """`lease`: held by the server that compares again and again; the others do so once, to know."""
         self._topology = topology
         self._log = log
         self._submit = submit
@@ -87,6 +90,7 @@ class Repair:
         self._clock = clock
         self._rng = rng
         self._every_s = every_s
+        self._lease = lease if lease is not None else Sole()
         self._compared: dict[tuple[str, str], tuple[int, str]] = {}
         """(peer, group) to the (epoch, peer's incarnation) of the first comparison that was carried through."""
         self._suspects: dict[tuple[str, str], frozenset[str]] = {}
@@ -155,6 +159,8 @@ class Repair:
         while True:
             failed = False
             for group in self._held():
+                if not self._lease.held and not self._is_new(peer, group):
+                    continue
                 try:
                     await self.compare(group, peer)
                 except (PeerUnreachable, PeerRefused, StoreError) as error:

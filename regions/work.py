@@ -20,6 +20,7 @@ from typing import Final, Protocol
 import msgspec
 
 from infra.clock import Clock
+from infra.leases import Held
 from infra.queues import Delivery, LeaseQueue, QueueFault, QueueState
 from origin.store.base import StoreError
 from origin.store.replication import ReplicaLog
@@ -174,7 +175,7 @@ class QueuedWork:
         *,
         clock: Clock,
         rng: random.Random,
-        sweeps: Callable[[], bool] = lambda: True,
+        sweeps: Held,
     ) -> None:
         self._target = target
         self._log = log
@@ -182,7 +183,7 @@ class QueuedWork:
         self._clock = clock
         self._rng = rng
         self._sweeps = sweeps
-        """Whether this server is the one that sweeps."""
+        """Held by the server that sweeps."""
         self._claims: list[_Claim] = []
         self._queued: OrderedDict[str, float] = OrderedDict()
         """Threads that were put on the queue here, and when; the oldest first."""
@@ -340,7 +341,7 @@ class QueuedWork:
             worker.take_again()
             return
         asked, self._asked = self._asked, False
-        if not asked and not self._sweeps():
+        if not asked and not self._sweeps.held:
             return
         try:
             await self._queue_what_is_owed(worker, asked=asked)

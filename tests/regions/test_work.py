@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import msgspec
 import pytest
 
 from infra.aws import Aws
 from infra.clock import SYSTEM_CLOCK
+from infra.leases import Lease, LeaseRecord, MemoryLeases
 from infra.queues import LeaseQueue, MemoryQueue, QueueFault, QueueState, SqsQueue
 from origin.store.replication import OutboxRow, ReplicaLog
 from regions import work
@@ -50,6 +52,10 @@ class Outbox:
         return {} if row is None else {TARGET: row.acked_v, "ap-south": 0}
 
 
+class Swept(NamedTuple):
+    held: bool
+
+
 class Server:
     """One server of the region: its `QueuedWork`, and a worker that holds what it took until the test says."""
 
@@ -60,7 +66,7 @@ class Server:
         """Thread to the place where its deltas start."""
         self.took = False
         log = cast(ReplicaLog, outbox)
-        self.work = QueuedWork(TARGET, log, queue, clock=clock, rng=random.Random(1), sweeps=lambda: sweeps)
+        self.work = QueuedWork(TARGET, log, queue, clock=clock, rng=random.Random(1), sweeps=Swept(sweeps))
         self.work.start(self)
 
     def holds(self, thread_id: str) -> bool:
@@ -410,6 +416,30 @@ async def test_regions_that_share_their_work_by_queues_come_to_hold_the_same(tmp
     for region in REGIONS:
         cluster[region].queues = lambda target, region=region: queues(f"{region}-to-{target}")
     await _replicates(cluster)
+
+
+async def test_one_server_of_a_region_compares_again_and_again_and_the_others_once(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, limits=CoordinatorLimits())
+    records = MemoryLeases()
+    await records.write("housekeeping", LeaseRecord("another server", 1), None)
+
+    def lease(name: str) -> Lease:
+        return Lease(name, "this server", records, clock=SYSTEM_CLOCK, rng=random.Random(name), seconds=3_600.0)
+
+    sole, other = cluster[REGIONS[0]], cluster[REGIONS[1]]
+    other.leases = lease
+    for region in REGIONS:
+        cluster[region].limits = msgspec.structs.replace(cluster[region].limits, repair_every_s=0.02)
+    async with cluster:
+
+        async def compared_often() -> bool:
+            caught_up = all(other.node.repair.is_caught_up(region) for region in set(REGIONS) - {other.region})
+            return caught_up and sole.node.repair.statistics().comparisons > 40
+
+        await eventually(compared_often)
+        assert other.node.repair.statistics().comparisons <= 4
+        assert (await records.read("sweeps")) == LeaseRecord("this server", 1)
+    assert (await records.read("sweeps")) == LeaseRecord("", 2), "given back"
 
 
 @pytest.mark.aws

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from infra.leases import Lease, MemoryLeases
 from origin.ids import IdMint
 from origin.store import base, replication
 from origin.writer import Engine
@@ -41,6 +42,7 @@ LIMITS: Final = NodeLimits(
 )
 
 QUEUED_CHANCE: Final = 0.3
+LEASE_S: Final = 2.0
 
 T = TypeVar("T")
 
@@ -80,6 +82,7 @@ class SimRegion:
         """Neither up nor starting."""
         self._kept: list[object] = []
         self._queues: dict[str, SimQueue] = {}
+        self._records = MemoryLeases()
 
     def __repr__(self) -> str:
         return f"<SimRegion {self.name} {'up' if self.node else 'down'} boot {self.boots}>"
@@ -123,6 +126,7 @@ class SimRegion:
             rng=rng,
             limits=world.limits,
             queues=self._queue if world.queued else None,
+            leases=self._lease if world.queued else None,
         )
         self._kept.append(opened)
         try:
@@ -130,6 +134,11 @@ class SimRegion:
         except base.StoreError:
             world.counts["failed start"] += 1
             self.crash_soon(0.1)  # the process ends, and its supervisor starts another
+
+    def _lease(self, name: str) -> Lease:
+        # Of a boot's own name: what the boot before it held has to run out, as another server's would.
+        rng = random.Random(f"{self.world.seed}/{self.name}/{self.boots}/{name}")
+        return Lease(name, f"{self.name}/{self.boots}", self._records, clock=self.clock, rng=rng, seconds=LEASE_S)
 
     def _queue(self, target: str) -> SimQueue:
         name = f"{self.name}-to-{target}"

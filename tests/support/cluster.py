@@ -19,7 +19,7 @@ from origin.store.base import StoreError
 from origin.store.sqlite import SqliteStore
 from regions.coordinator import CoordinatorLimits
 from regions.failover import FailoverLimits
-from regions.node import NodeLimits, Queues, open_node
+from regions.node import Leases, NodeLimits, Queues, open_node
 from regions.peer_client import PeerUnreachable
 from regions.peer_service import PeerService
 from regions.peer_wire import Envelope, Fault, Replicate, from_fault, to_fault
@@ -123,6 +123,7 @@ class Region:
             failover=FailoverLimits(lease_s=0.5, after_s=1.0, stuck_s=1.0, check_s=0.05, call_seconds_max=2.0),
         )
         self.queues: Queues | None = None
+        self.leases: Leases | None = None
         self.rng = random.Random(f"{seed}/{region}")
         self.mint = IdMint(region)
 
@@ -136,6 +137,7 @@ class Region:
             rng=self.rng,
             limits=self.limits,
             queues=self.queues,
+            leases=self.leases,
         )
         self.node = await self._opened.__aenter__()
         self.writer, self.feed, self.replicator = self.node.writer, self.node.feed, self.node.replicator
