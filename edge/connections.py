@@ -67,10 +67,23 @@ class ConnectionsStatistics:
 class Answer:
     """An origin's answer, its body to be read as it comes. `close` it in any case."""
 
-    __slots__ = ("_chunks", "_connection", "_ended", "_error", "_size", "_waiter", "content_length", "head")
+    __slots__ = (
+        "_chunks",
+        "_connection",
+        "_ended",
+        "_error",
+        "_size",
+        "_waiter",
+        "content_length",
+        "headers",
+        "reason",
+        "status",
+    )
 
     def __init__(self, connection: Connection, head: Head) -> None:
-        self.head = head
+        self.status = head.status
+        self.reason = head.reason
+        self.headers = head.headers
         stated = head.headers.get("Content-Length")
         self.content_length = int(stated) if stated is not None else None
         """As it says itself; that of the answer to a GET where it answers a HEAD."""
@@ -80,18 +93,6 @@ class Answer:
         self._ended = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def status(self) -> int:
-        return self.head.status
-
-    @property
-    def reason(self) -> str:
-        return self.head.reason
-
-    @property
-    def headers(self) -> CIMultiDictProxy[str]:
-        return self.head.headers
 
     async def read(self, timeout_s: float | None = None) -> bytes:
         """What has come of the body since, empty at its end. OriginBroken, also when nothing comes for so long."""
@@ -409,6 +410,7 @@ class Pool:
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
+        self._now = asyncio.get_running_loop().time
         self._host = parts.hostname or ""
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
@@ -444,15 +446,15 @@ class Pool:
         lines = len(headers) + 3 + bool(framing)
         if head.count(b"\n") != lines or head.count(b"\r") != lines:
             raise ValueError("a header holds a line end")
-        began = self._loop_time()
+        began = self._now()
         connection = self._take() or await self._connect(min(CONNECT_TIMEOUT_S, timeout_s))
         self._busy.add(connection)
-        left_s = timeout_s - (self._loop_time() - began)
+        left_s = timeout_s - (self._now() - began)
         return await connection.ask(method, head, body, chunked=chunked, timeout_s=left_s, tell=tell)
 
     def put_back(self, connection: Connection) -> None:
         self._busy.discard(connection)
-        connection.idle_since = self._loop_time()
+        connection.idle_since = self._now()
         self._idle[connection] = None
         if len(self._idle) > IDLE_MAX:
             next(iter(self._idle)).abort()
@@ -503,7 +505,7 @@ class Pool:
 
     def _sweep(self) -> None:
         self._sweeper = None
-        until = self._loop_time() - IDLE_S
+        until = self._now() - IDLE_S
         for connection in tuple(self._idle):
             if connection.idle_since > until:
                 break
@@ -511,9 +513,6 @@ class Pool:
         if self._idle:
             after_s = next(iter(self._idle)).idle_since - until
             self._sweeper = asyncio.get_running_loop().call_later(after_s, self._sweep)
-
-    def _loop_time(self) -> float:
-        return asyncio.get_running_loop().time()
 
     def __repr__(self) -> str:
         return f"<Pool of {self._host}:{self._port}, {len(self._idle)} idle, {len(self._busy)} busy>"

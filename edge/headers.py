@@ -9,7 +9,6 @@ nothing that would command a server before us, reaches a client. Left to others:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from enum import Enum, auto
 from functools import lru_cache
 from typing import Final, TypeAlias
@@ -62,6 +61,7 @@ _SPOOFABLE_PREFIXES: Final = ("x-weft-", "x-auth-request-", "x-remote-")
 _COMMANDS: Final = ("x-accel-", "x-sendfile", "x-reproxy-", "x-lighttpd-send-")
 """By these an application tells the server before it to fetch or send something else; behind us that is nobody's
 business but ours. `X-Accel-Buffering` only says that an answer is to flow."""
+_NONE: Final[frozenset[str]] = frozenset()
 _FOR_CACHES: Final = frozenset({"surrogate-key", "cache-tag", "weft-cdn-cache-control"})
 """What an origin says to this cache and to nobody behind it."""
 
@@ -224,10 +224,12 @@ def _describe(headers: CIMultiDict[str], identity: str | None) -> None:
 
 
 def _connection_listed(headers: Headers) -> frozenset[str]:
-    listed = headers.getall("Connection", ())
-    return frozenset(_names(listed)) - {"content-length"} if listed else frozenset()
+    listed = headers.getall("Connection", None)
+    if listed is None:
+        return _NONE
+    return _names(listed[0]) if len(listed) == 1 else frozenset[str]().union(*map(_names, listed))
 
 
-def _names(values: Iterable[str]) -> Iterable[str]:
-    for value in values:
-        yield from (name.strip().lower() for name in value.split(","))
+@lru_cache(NAMES_REMEMBERED)
+def _names(value: str) -> frozenset[str]:
+    return frozenset([name.strip().lower() for name in value.split(",")]) - {"content-length"}

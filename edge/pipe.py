@@ -57,6 +57,13 @@ class Pipe(asyncio.Transport):
             self._note(data, len(data))
             self._transport.write(data)
 
+    def write_whole(self, answer: bytes) -> None:
+        """An answer from its first byte to its last, which is neither interim nor an event stream."""
+        if self.connection is not None:
+            self.wrote = True
+            self.connection.wrote(len(answer))
+            self._transport.write(answer)
+
     def writelines(self, list_of_data: Any) -> None:
         if self.connection is not None:
             parts = list(list_of_data)

@@ -160,7 +160,11 @@ class Wire:
             prepare(response)
             asked = response.keep_alive
             keep_alive = request.keep_alive if asked is None else asked
-            pipe.write(as_bytes(request, response, self.clock.time(), keep_alive=keep_alive))
+            answer = as_bytes(request, response, self.clock.time(), keep_alive=keep_alive)
+            if isinstance(pipe, Pipe):
+                pipe.write_whole(answer)
+            else:
+                pipe.write(answer)
             left: web.StreamResponse = SENT_AND_KEPT if keep_alive else SENT_AND_LAST
         else:
             await response.prepare(request)

@@ -7,7 +7,8 @@ cache of verified tokens (`peers/`). nginx sends it as a file and the bare proto
 token. All are asked the same by wrk, which has a processor to itself; all servers share another.
 
 `edge-hit`: every request of a connection is the same bytes. `edge-hit-traced`: each has a fresh `traceparent`, which the
-edge's memory of answers looks past. `edge-hit-slow`: each has a fresh header that it does not know.
+edge's memory of answers looks past. `edge-hit-slow`: each has a fresh header that no answer from memory depends on, so that
+a head must be read to know the question again; beside it an edge without that memory (`edge.fastpath_bytes_max = 0`).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ WORKERD: Final = "workerd"
 STARLETTE: Final = "Starlette + PyJWT"
 BARE: Final = "bare httptools"
 AIOHTTP: Final = "aiohttp web.Server"
+WITHOUT: Final = f"{WEFT}, no fast path"
 
 WORKERD_CONFIG: Final = """\
 using Workerd = import "/workerd/workerd.capnp";
@@ -75,6 +77,8 @@ class Task:
     context: Context
     processors: Processors
     folder: Path
+    region: str
+    """The URL of Weft's region server."""
     token: str
     body: bytes
 
@@ -162,7 +166,7 @@ OPEN: Final = frozenset({NGINX, BARE})
 
 
 def _contestants(
-    peers: Mapping[str, Peer], *, fresh: str = ""
+    peers: Mapping[str, Peer], *, fresh: str = "", without: bool = False
 ) -> Callable[[Context], AbstractAsyncContextManager[Mapping[str, Runner]]]:
     @asynccontextmanager
     async def contestants(context: Context) -> AsyncGenerator[Mapping[str, Runner]]:
@@ -171,6 +175,13 @@ def _contestants(
             session = await stack.enter_async_context(aiohttp.ClientSession())
             port, task = await stack.enter_async_context(_weft(context, processors, session))
             runners = {WEFT: _runner(task, port, fresh=fresh, weft=session)}
+            if without:
+                settings = f"{_settings(task.region, '../')}fastpath_bytes_max = 0\n"
+                port = await stack.enter_async_context(
+                    edge(task.folder / "without", settings, before=on(processors.servers))
+                )
+                await _answers_as_asked(session, port, task, gate=True)
+                runners[WITHOUT] = _runner(task, port, fresh=fresh)
             for name, peer in peers.items():
                 try:
                     port = await stack.enter_async_context(peer(task))
@@ -219,9 +230,9 @@ TRACED: Final = Case(
 )
 SLOW: Final = Case(
     name="edge-hit-slow",
-    what=f"a cached listing of {THREADS} threads, ES256 token verified, a header that is not known with every request",
+    what=f"a cached listing of {THREADS} threads, ES256 token verified, a fresh X-Request-Id with every request",
     metrics=(Metric("requests", "/s", Target(AIOHTTP, at_least=0.8)), *METRICS),
-    contestants=_contestants(PEERS_OF_FRESH, fresh="X-Request-Id"),
+    contestants=_contestants(PEERS_OF_FRESH, fresh="X-Request-Id", without=True),
     notes=NOTES,
 )
 
@@ -235,12 +246,7 @@ async def _weft(
     before = on(processors.servers)
     async with regions(folder, [HOME], before=before) as [region]:
         token = _token(folder / "jwks.json")
-        settings = (
-            f'region = "{HOME}"\n[regions.{HOME}]\nurl = "{region.url}"\n[sync]\npeer_key_file = "peer.key"\n'
-            f'[[auth.issuers]]\nissuer = "{ISSUER}"\naudience = "{AUDIENCE}"\njwks_file = "jwks.json"\n'
-            f'algorithms = ["ES256"]\n[edge]\norigins = ["{region.url}"]\nworkers = 1\n'
-        )
-        async with edge(folder, settings, before=before) as port:
+        async with edge(folder, _settings(region.url), before=before) as port:
             url = f"http://127.0.0.1:{port}{PATH}"
             headers = {"Authorization": f"Bearer {token}"}
             for text in material.texts(THREADS, 60):
@@ -262,9 +268,18 @@ async def _weft(
                 "body": str(folder / "listing.json"),
             }
             (folder / "task.json").write_bytes(orjson.dumps(told))
-            task = Task(context, processors, folder, token, body)
+            task = Task(context, processors, folder, region.url, token, body)
             await _answers_as_asked(session, port, task, gate=True)
             yield port, task
+
+
+def _settings(region: str, keys: str = "") -> str:
+    """Of an edge before that region; `keys`: where its files are."""
+    return (
+        f'region = "{HOME}"\n[regions.{HOME}]\nurl = "{region}"\n[sync]\npeer_key_file = "{keys}peer.key"\n'
+        f'[[auth.issuers]]\nissuer = "{ISSUER}"\naudience = "{AUDIENCE}"\njwks_file = "{keys}jwks.json"\n'
+        f'algorithms = ["ES256"]\n[edge]\norigins = ["{region}"]\nworkers = 1\n'
+    )
 
 
 def _token(jwks: Path) -> str:

@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from infra.cli import invoke
 from tests.edge.conftest import AUDIENCE, DEADLINE_S, ISSUER, REGION, FakeRegion, Signer, until
 from tests.support.ports import free_port
 
@@ -112,7 +113,19 @@ async def failure(process: asyncio.subprocess.Process) -> str:
     return stderr.decode()
 
 
-async def test_sigterm_drains_the_process(start, region, client, port):
+def close_one_of(port: int) -> None:
+    """Be another server at `port` that closes a connection first, so that the port's side is the one that waits
+    (TIME_WAIT)."""
+    with socket.socket() as before:
+        before.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        before.bind(("127.0.0.1", port))
+        before.listen()
+        with socket.create_connection(("127.0.0.1", port)) as visitor:
+            before.accept()[0].close()
+            assert visitor.recv(1) == b""
+
+
+async def test_an_edge_starts_where_another_has_just_closed_and_sigterm_drains_it(start, region, client, port):
     entered, go = asyncio.Event(), asyncio.Event()
 
     async def slow(request: web.Request) -> web.Response:
@@ -121,6 +134,7 @@ async def test_sigterm_drains_the_process(start, region, client, port):
         return web.Response(text="whole")
 
     region.on("GET", "/api/slow", slow)
+    close_one_of(port)
     process = await start()
     await until_ready(client, port)
     asking = asyncio.create_task(client.get(f"http://127.0.0.1:{port}/api/slow"))
@@ -152,15 +166,6 @@ async def test_several_workers_share_a_port_and_one_that_dies_is_replaced(start,
     assert not any(is_running(pid) for pid in workers)
 
 
-async def test_workers_end_with_their_parent_however_it_ends(start, region, client, port):
-    process = await start(WEFT_EDGE__WORKERS="2")
-    await until_ready(client, port)
-    await until(lambda: len(children(process.pid)) == 2 and len(region.feeds) == 2)
-    workers = children(process.pid)
-    process.kill()
-    await until(lambda: not any(is_running(pid) for pid in workers))
-
-
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_a_taken_port_is_one_clear_line(start, port, workers):
     with socket.socket() as taken:
@@ -170,17 +175,16 @@ async def test_a_taken_port_is_one_clear_line(start, port, workers):
     assert f"error: address 127.0.0.1:{port}" in text and "in use" in text.lower()
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-async def test_an_edge_starts_where_another_has_just_closed_its_connections(start, region, client, port, workers):
-    with socket.socket() as before:
-        before.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        before.bind(("127.0.0.1", port))
-        before.listen()
-        with socket.create_connection(("127.0.0.1", port)) as visitor:
-            before.accept()[0].close()  # first, so that the port's side is the one that waits (TIME_WAIT)
-            assert visitor.recv(1) == b""
-    await start(WEFT_EDGE__WORKERS=workers)
+async def test_workers_start_where_another_has_just_closed_and_end_with_their_parent_however_it_ends(
+    start, region, client, port
+):
+    close_one_of(port)
+    process = await start(WEFT_EDGE__WORKERS="2")
     await until_ready(client, port)
+    await until(lambda: len(children(process.pid)) == 2 and len(region.feeds) == 2)
+    workers = children(process.pid)
+    process.kill()
+    await until(lambda: not any(is_running(pid) for pid in workers))
 
 
 async def test_a_missing_peer_key_is_one_clear_line(start, peer_key_file):
@@ -188,10 +192,14 @@ async def test_a_missing_peer_key_is_one_clear_line(start, peer_key_file):
     assert f"error: {peer_key_file}" in await failure(await start())
 
 
-async def test_a_wrong_setting_is_one_clear_line(start):
-    assert "WEFT_EDGE__LISTENN" in await failure(await start(WEFT_EDGE__LISTENN="x"))
+def test_a_wrong_setting_is_one_clear_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "weft.toml").write_text("")
+    monkeypatch.setenv("WEFT_EDGE__LISTENN", "x")
+    assert invoke(["edge", "--config", str(tmp_path / "weft.toml")]) == 1
+    assert "error: WEFT_EDGE__LISTENN" in capsys.readouterr().err
 
 
-async def test_an_edge_without_anywhere_to_go_says_what_is_missing(start, config, port):
-    config.write_text(f'[edge]\nlisten = "127.0.0.1:{port}"\n')
-    assert "edge.origins" in await failure(await start())
+def test_an_edge_without_anywhere_to_go_says_what_is_missing(tmp_path, capsys):
+    (tmp_path / "weft.toml").write_text('[edge]\nlisten = "127.0.0.1:1"\n')
+    assert invoke(["edge", "--config", str(tmp_path / "weft.toml")]) == 1
+    assert "error: edge.origins" in capsys.readouterr().err

@@ -299,14 +299,14 @@ async def test_a_client_that_reads_nothing_makes_no_answers_pile_up(edge: Runnin
     async with connected(edge.port) as client:
         answer = await given_twice(edge, client, request)
         size = len(answer.body) + 300
-        client.send(request * 20_000)
+        client.send(request * 5_000)
         most = 0
-        for _ in range(50):
+        for _ in range(20):
             await asyncio.sleep(0.01)
             connection = max(edge.edge.wire.unsent())
             most = max(most, connection)
         assert most < 64 * 1024 + 300 * size  # one read of the socket holds no more requests than that
-        for _ in range(20_000):
+        for _ in range(5_000):
             assert (await client.answer()).status == 200
 
 

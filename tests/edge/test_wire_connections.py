@@ -108,18 +108,18 @@ async def test_a_client_that_reads_nothing_is_cut_off(start_edge: StartEdge, ori
 
 
 async def test_a_client_that_reads_slowly_gets_all(start_edge: StartEdge, origin: Origin) -> None:
-    edge = await proxy(start_edge, origin, write_deadline_s=0.5)
+    edge = await proxy(start_edge, origin, write_deadline_s=0.3)
     async with connected(edge.port) as client:
-        client.send(b"GET /large?bytes=10000000 HTTP/1.1\r\n" + HOST + b"\r\n")
+        client.send(b"GET /large?bytes=4000000 HTTP/1.1\r\n" + HOST + b"\r\n")
         got = 0
         async with asyncio.timeout(DEADLINE_S * 3):
             head = await client.reader.readuntil(b"\r\n\r\n")
             assert b" 200 " in head
-            while got < 10_000_000:
+            while got < 4_000_000:
                 chunk = await client.reader.read(500_000)
                 assert chunk
                 got += len(chunk)
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.02)
 
 
 async def test_when_all_places_are_taken_the_longest_idle_makes_way(start_edge: StartEdge, origin: Origin) -> None:
