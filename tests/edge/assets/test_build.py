@@ -347,15 +347,20 @@ def decoded(mappings: str) -> list[list[int]]:
     return lines
 
 
-def test_a_minifier_that_loses_a_reference_is_not_believed(workshop, monkeypatch):
-    class Careless:
-        @staticmethod
-        def string(media: str, text: str) -> str:
-            return re.sub(r"import '.*?';", "", text).replace("  ", "")
+@pytest.mark.parametrize("lost", [b"import './b.js';", b"x();", b" + ", b"'", b"\n"])
+def test_a_smaller_script_that_is_read_otherwise_is_not_built(workshop, monkeypatch, lost):
+    monkeypatch.setattr("edge.assets.minify._slim", lambda source, *_: source.replace(lost, b"").replace(b"  ", b""))
+    script = f"import './b.js';\nx();  // {TEXT}\nlet a = 1\na + 'y'" + " " * 5000
+    result = workshop.build({"a.js": script, "b.js": ""})
+    name = result.manifest.files["b.js"].file
+    assert workshop.text(result, "a.js") == script.replace("b.js", name)
 
-    monkeypatch.setattr("edge.assets.minify._tool", Careless)
-    result = workshop.build({"a.js": f"import './b.js';\nx();  // {TEXT}\n" + " " * 500, "b.js": ""})
-    assert result.manifest.files["b.js"].file in workshop.text(result, "a.js")
+
+@pytest.mark.parametrize("lost", [b"a", b"'x", b"url", b" b", b"{", b"@"])
+def test_a_smaller_style_sheet_that_is_read_otherwise_is_not_built(workshop, monkeypatch, lost):
+    monkeypatch.setattr("edge.assets.minify._slim", lambda source, *_: source.replace(lost, b"").replace(b"  ", b""))
+    style = "@media print { a b { background: url(data:,); content: 'x' } }" + " " * 5000
+    assert workshop.text(workshop.build({"a.css": style}), "a.css") == style
 
 
 def test_a_build_that_ends_anywhere_leaves_what_was_there_whole(workshop, monkeypatch):
