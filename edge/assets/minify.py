@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, Final
-
-import tinycss2
+from typing import Final
 
 from edge.assets import javascript
+from edge.assets.css import Sheet
 from edge.assets.javascript import Tree
 from edge.assets.kinds import is_minified
 
@@ -57,17 +56,14 @@ def script(source: bytes, tree: Tree) -> tuple[bytes, Tree] | None:
     return (made, after) if not after.lost_at and after.shape() == tree.shape() else None
 
 
-def style(source: bytes) -> bytes | None:
-    """A style sheet made smaller; None where it should stay as it is."""
+def style(source: bytes, sheet: Sheet) -> tuple[bytes, Sheet] | None:
+    """A style sheet made smaller, and how it is read; None where it should stay as it is."""
     opaque = [(*found.span(), found[0].startswith(b"/*")) for found in _STYLE_OPAQUE.finditer(source)]
     made = _slim(source, opaque, _STYLE_GAPS)
-    if len(made) > len(source) * WORTH_RATIO:
+    if not sheet.clear or len(made) > len(source) * WORTH_RATIO:
         return None
-    try:
-        same = _tokens(made.decode()) == _tokens(source.decode())
-    except UnicodeDecodeError:
-        return None
-    return made if same else None
+    after = Sheet(made)
+    return (made, after) if after.tokens() == sheet.tokens() else None
 
 
 def _slim(
@@ -99,34 +95,3 @@ def _slim(
         (text, code[1:] if text[-1:] == code[:1] == b"\n" else code) for text, code in zip(held, rest, strict=True)
     ]
     return first + b"".join([part for pair in pairs for part in pair])
-
-
-def _tokens(text: str) -> list[str]:
-    """The tokens of a style sheet but for comments; white space only where it can mean something: between two tokens of
-    which neither is a bracket or separator."""
-    flat: list[str] = []
-    for node in tinycss2.parse_component_value_list(text):
-        _flatten(node, flat)
-    kept: list[str] = []
-    for index, token in enumerate(flat):
-        if token == " ":
-            around = {kept[-1] if kept else "{", next((other for other in flat[index + 1 :] if other != " "), "}")}
-            if around & {"{", "}", ";", ","} or kept[-1] == " ":
-                continue
-        kept.append(token)
-    return kept
-
-
-def _flatten(node: Any, flat: list[str]) -> None:
-    kind = node.type
-    if kind == "comment":
-        return
-    if kind == "whitespace":
-        flat.append(" ")
-    elif kind in ("{} block", "() block", "[] block", "function"):
-        flat.append(node.name + "(" if kind == "function" else kind[0])
-        for inner in node.arguments if kind == "function" else node.content:
-            _flatten(inner, flat)
-        flat.append({"{": "}", "[": "]"}.get(kind[0], ")"))
-    else:
-        flat.append(node.serialize())

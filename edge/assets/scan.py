@@ -32,6 +32,8 @@ class Scanned(Struct, frozen=True):
     unparsed: tuple[int, ...] = ()
     """Lines where a script could not be understood."""
     differs: bool = False
+    """References can't be placed for certain, and stay as they are: a page that browsers read as another tree than its
+    tags say, or bytes that are not UTF-8."""
     text_digest: str = ""
     """Of the text that is built, where it is not the source."""
 
@@ -48,11 +50,16 @@ def scan(source: bytes, path: str, *, minify: bool) -> tuple[Scanned, bytes | No
 
 
 def _scan_style(source: bytes, path: str, *, minify: bool) -> tuple[Scanned, bytes | None]:
-    refs = css.find_references(source)
-    made = smaller.style(source) if minify and smaller.worth_minifying(source, path) else None
+    minify = minify and smaller.worth_minifying(source, path)
+    if not minify and not css.may_load(source):
+        return Scanned(_with_map((), source)), None
+    sheet = css.Sheet(source)
+    made = smaller.style(source, sheet) if minify else None
     if made is None:
-        return Scanned(_with_map(refs, source)), None
-    return Scanned(_with_lines(css.find_references(made), refs)), made
+        unclear = not sheet.clear and css.may_load(source)
+        return Scanned(_with_map(sheet.refs(), source), differs=unclear), None
+    text, after = made
+    return Scanned(_with_lines(after.refs(), sheet.refs())), text
 
 
 def _scan_script(source: bytes, path: str, *, minify: bool) -> tuple[Scanned, bytes | None]:
