@@ -4,7 +4,7 @@ Promise: no token is touched, and what comes back is proven to be read as the or
 script, the same tokens for a style sheet; else the original stays. Licence comments stay (`/*!`, `@license`,
 `@preserve`), and so do files that say `.min.` and files with a source map, which would no longer fit. Left alone as
 well: pages (where white space counts only the style sheet knows), SVG and JSON (a number respelt is another), images.
-Left to others: renaming and rewriting, which is a bundler's business (docs/decisions/0011 says which minifiers were
+Left to others: renaming and rewriting, which is a bundler's business (docs/decisions/0013 says which minifiers were
 tried, and what they broke).
 """
 

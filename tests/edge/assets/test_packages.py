@@ -172,3 +172,18 @@ def assert_loaded(answers: dict[str, tuple[int, dict[str, str]]], result: Result
         [headers] = [headers for url, (_, headers) in answers.items() if url.endswith("/cdn/" + asset.file)]
         assert "immutable" in headers["Cache-Control"]
         assert ("Content-Encoding" in headers) == bool(asset.encodings)
+
+
+async def test_the_sample_that_comes_with_weft_is_shown_as_it_should(workshop, start_edge, tmp_path):
+    shutil.copytree(Path(__file__).parents[3] / "docs" / "sample", workshop.source, dirs_exist_ok=True)
+    result = workshop.build(strict=True)
+    edge = await start_edge(origins=("http://127.0.0.1:9",), issuers=(), assets=workshop.out)
+    async with browser(tmp_path) as chromium, chromium.tab() as tab:
+        await tab.open(f"{edge.url}/cdn/index.html")
+        await tab.until("document.querySelectorAll('#loaded li').length == 3")
+        shown = await tab.value("document.getElementById('loaded').textContent")
+        for path in ("js/page.js", "img/threads.svg", "css/page.css"):
+            assert result.manifest.files[path].file.rpartition("/")[2] in shown
+        assert_loaded(tab.answers, result, "js/page.js", "js/names.js", "css/page.css", "css/tokens.css")
+        await tab.screenshot(tmp_path / "sample.png")
+        assert tab.errors == []
