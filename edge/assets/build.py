@@ -29,7 +29,6 @@ from edge.assets.graph import Issue, Node, Severity, resolve
 from edge.assets.kinds import Kind, content_type, is_hashed, is_minified, kind_of, worth_encoding
 from edge.assets.link import Built, Linker
 from edge.assets.manifest import Asset, Encoded, Manifest, Releases
-from edge.assets.minify import AVAILABLE
 from edge.assets.scan import Scanned
 from infra.clock import SYSTEM_CLOCK, Clock
 
@@ -63,6 +62,7 @@ class Options(Struct, frozen=True):
     base: str = "/cdn/"
     """Where the output is served: a path, or an address."""
     minify: bool = True
+    codings: tuple[str, ...] = CODINGS
     strict: bool = False
     """Warnings are errors."""
     keep: int = KEEP
@@ -162,9 +162,6 @@ class _Build:
             known = self._actions.get(keys[path], Scanned)
             if known is not None and (not known.text_digest or self._actions.blobs.has(known.text_digest)):
                 found[path] = known
-        if self._options.minify and not AVAILABLE:
-            text = "there is no tdewolff-minify for this machine: nothing is minified"
-            self._issues.append(Issue(Severity.WARNING, "no-minifier", "", 0, text))
         missing = [path for path in digests if path not in found]
         total, done = sum(sizes[path] for path in missing), 0
         for batch, results in self._scanned(missing, sizes, total):
@@ -223,9 +220,9 @@ class _Build:
         known: dict[str, dict[str, Encoded]] = {}
         missing: dict[str, Built] = {}
         for path, built in linker.built.items():
-            if not worth_encoding(path):
+            if not worth_encoding(path) or not self._options.codings:
                 continue
-            keys[path] = key = key_of("encode", OPTIONS, tools, built.summary.sha256)
+            keys[path] = key = key_of("encode", OPTIONS, tools, self._options.codings, built.summary.sha256)
             found = known.get(key) or self._actions.get(key, dict[str, Encoded])
             if found is not None and all(self._actions.blobs.has(item.sha256) for item in found.values()):
                 known[key] = found
@@ -238,7 +235,8 @@ class _Build:
         return {path: known[keys[path]] if path in keys else {} for path in linker.built}
 
     def _encode(self, missing: dict[str, Built], linker: Linker, known: dict[str, dict[str, Encoded]]) -> None:
-        total = sum(built.summary.size for built in missing.values()) * len(CODINGS)
+        codings = self._options.codings
+        total = sum(built.summary.size for built in missing.values()) * len(codings)
         done = 0
         self._encoded = len(missing)
         made: dict[str, dict[str, Encoded]] = {key: {} for key in missing}
@@ -249,8 +247,8 @@ class _Build:
 
         # Brotli takes most of the time, and the largest file most of that.
         order = sorted(
-            ((key, built, coding) for key, built in missing.items() for coding in CODINGS),
-            key=lambda job: (CODINGS.index(job[2]) > 0, -job[1].summary.size, job[0]),
+            ((key, built, coding) for key, built in missing.items() for coding in codings),
+            key=lambda job: (job[2] != "br", -job[1].summary.size, job[0]),
         )
         with ThreadPoolExecutor(self._workers) as pool:
             jobs: dict[Future[Encoded | None], tuple[str, Built, str]] = {}
@@ -268,7 +266,7 @@ class _Build:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         for key, found in made.items():
-            known[key] = {coding: found[coding] for coding in CODINGS if coding in found}
+            known[key] = {coding: found[coding] for coding in codings if coding in found}
             self._actions.put(key, known[key])
 
     # Writing

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from edge.assets import report
 from edge.assets.actions import CacheError
 from edge.assets.build import KEEP, BrokenReferences, BuildError, Options, Result, build
-from edge.assets.encode import EncodingError
+from edge.assets.encode import CODINGS, EncodingError
 from edge.assets.graph import Issue, Severity
 from edge.assets.link import CollisionError
 from edge.assets.manifest import ManifestError
@@ -42,6 +42,7 @@ def assets_command() -> None:
 @click.option("--base", default="/cdn/", show_default=True, help="Where OUT will be served: a path, or an address.")
 @click.option("--strict", is_flag=True, help="Warnings are errors.")
 @click.option("--no-minify", is_flag=True, help="Leave scripts and style sheets as they are.")
+@click.option("--no-encode", is_flag=True, help="Make no encodings: faster, for development.")
 @click.option("--keep", type=click.IntRange(0, 100), default=KEEP, show_default=True, help="Releases before this one.")
 @click.option("--workers", type=click.IntRange(0, 256), default=0, show_default=True, help="0: one per processor.")
 @click.option(
@@ -57,6 +58,7 @@ def build_command(
     base: str,
     strict: bool,
     no_minify: bool,
+    no_encode: bool,
     keep: int,
     workers: int,
     cache: Path | None,
@@ -70,7 +72,8 @@ def build_command(
 
     Example: weft assets build web dist
     """
-    options = Options(_base(base), not no_minify, strict, keep, workers)
+    codings = () if no_encode else CODINGS
+    options = Options(_base(base), not no_minify, codings, strict, keep, workers)
     try:
         with _bar(show=not as_json) as bar:
             result = build(source, out, cache or _cache_folder(), options, progress=bar)

@@ -24,6 +24,8 @@ _URL: Final = re.compile(
     | (?P<bare>(?:[^\s"'()\\]|\\[^\n])*) )"""
 )
 _STRING: Final = re.compile(r"""(?s)"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'""")
+_SEPARATORS: Final = frozenset("{};,")
+_CLOSING: Final = {"{": "}", "[": "]", "(": ")"}
 _LOADERS: Final = frozenset({"url", "src"})
 _SETS: Final = frozenset({"image-set", "-webkit-image-set", "image", "cross-fade"})
 
@@ -44,21 +46,63 @@ class _Text:
         return index if self._ascii else len(self.text[:index].encode())
 
 
-def find_references(source: bytes, *, line: int = 1, inside: bool = False) -> list[Ref]:
-    """All of them, in order. `line` is that of the first; `inside` means declarations only, as in `style="…"`.
+class Sheet:
+    """A style sheet, read once. Bytes that are not UTF-8 hide the references of all of it: `clear` is False then."""
 
-    Bytes that are not UTF-8 make no difference where they are not in a URL; ones that are hide it.
-    """
-    text = _Text(source)
-    if not _MAY_LOAD.search(text.text):
-        return []
-    nodes = tinycss2.parse_component_value_list(text.text)
-    if b"\xef\xbf\xbd" not in source and "\ufffd" in text.text:
-        return []
-    return [
-        Ref(text.byte(start), text.byte(end), url, Role.URL, line + node_line - 1, quoted=quoted)
-        for start, end, url, quoted, node_line in _walk(nodes, text, inside=inside)
-    ]
+    def __init__(self, source: bytes) -> None:
+        self._text = _Text(source)
+        self._nodes: list[Any] = tinycss2.parse_component_value_list(self._text.text)
+        self.clear = "\ufffd" not in self._text.text or b"\xef\xbf\xbd" in source
+
+    def refs(self, line: int = 1, *, inside: bool = False) -> list[Ref]:
+        """In order. `line` is that of the first; `inside` means declarations only, as in `style="…"`."""
+        if not self.clear:
+            return []
+        text = self._text
+        return [
+            Ref(text.byte(start), text.byte(end), url, Role.URL, line + node_line - 1, quoted=quoted)
+            for start, end, url, quoted, node_line in _walk(self._nodes, text, inside=inside)
+        ]
+
+    def tokens(self) -> list[str]:
+        """What it says: all but comments, and of white space only what can mean something: none beside a brace or a
+        separator."""
+        flat: list[str] = []
+        for node in self._nodes:
+            _flatten(node, flat)
+        kept: list[str] = []
+        for token in flat:
+            if token == " " and (not kept or kept[-1] in _SEPARATORS or kept[-1] == " "):
+                continue
+            if token in _SEPARATORS and kept and kept[-1] == " ":
+                kept.pop()
+            kept.append(token)
+        return kept[:-1] if kept[-1:] == [" "] else kept
+
+
+def find_references(source: bytes, *, line: int = 1, inside: bool = False) -> list[Ref]:
+    """Those of a whole style sheet, or of declarations; read only if there can be any."""
+    return Sheet(source).refs(line, inside=inside) if may_load(source) else []
+
+
+def may_load(source: bytes) -> bool:
+    """Whether it is worth reading: False means that there is no reference."""
+    return _MAY_LOAD.search(source.decode("utf-8", "replace")) is not None
+
+
+def _flatten(node: Any, flat: list[str]) -> None:
+    kind = node.type
+    if kind == "comment":
+        return
+    if kind == "whitespace":
+        flat.append(" ")
+    elif kind in ("{} block", "() block", "[] block", "function"):
+        flat.append(node.name + "(" if kind == "function" else kind[0])
+        for inner in node.arguments if kind == "function" else node.content:
+            _flatten(inner, flat)
+        flat.append(_CLOSING[kind[0]] if kind != "function" else ")")
+    else:
+        flat.append(node.serialize())
 
 
 def _walk(nodes: Sequence[Any], text: _Text, *, inside: bool = False) -> Iterator[tuple[int, int, str, bool, int]]:

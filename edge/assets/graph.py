@@ -132,8 +132,8 @@ def _own_issues(node: Node) -> list[Issue]:
         for line in node.scanned.unparsed
     ]
     if node.scanned.differs:
-        text = "browsers build another tree of this page than its tags say; its references stay as they are"
-        issues.append(Issue(Severity.WARNING, "unclear-page", node.path, 1, text))
+        text = "not UTF-8, or markup that browsers understand otherwise; its references stay as they are"
+        issues.append(Issue(Severity.WARNING, "unclear", node.path, 1, text))
     return issues
 
 

@@ -34,6 +34,10 @@ _QUERY: Final = """
     (#eq? @made "URL") (#eq? @meta "import.meta") (#eq? @property "url"))
 (call_expression function: (identifier) @called arguments: (arguments) @scripts (#eq? @called "importScripts"))
 """
+_OPAQUE: Final = """
+(comment) @comment
+[(html_comment) (string) (template_string) (regex) (jsx_text) (hash_bang_line)] @text
+"""
 _ESCAPE: Final = re.compile(
     r"\\(?:u\{([0-9A-Fa-f]+)\}|u([0-9A-Fa-f]{4})|x([0-9A-Fa-f]{2})|(\r\n|[\n\r\u2028\u2029])|(.))", re.DOTALL
 )
@@ -46,6 +50,39 @@ class Script(Struct, frozen=True):
     """The line where the grammar gave up; 0: nowhere."""
 
 
+class Tree:
+    """A script as the grammar understands it."""
+
+    def __init__(self, root: Node) -> None:
+        self._root = root
+        self.lost_at = _first_error(root) + 1 if root.has_error else 0
+        """The line where it does not; 0: it does."""
+
+    def refs(self, line: int = 1) -> tuple[Ref, ...]:
+        """In order; the first line is line `line` of the file."""
+        if self.lost_at:
+            return ()
+        refs: list[Ref] = []
+        for _, captures in QueryCursor(_query(_QUERY)).matches(self._root):
+            refs += [ref for node, role in _found(captures) if (ref := _ref(node, role, line)) is not None]
+        return tuple(sorted(set(refs), key=lambda ref: ref.start))
+
+    def opaque(self) -> list[tuple[int, int, bool]]:
+        """Where comments (True), strings, templates and regular expressions are, in order; some within others."""
+        found = QueryCursor(_query(_OPAQUE)).captures(self._root)
+        comments = [(node.start_byte, node.end_byte, True) for node in found.get("comment", ())]
+        others = [(node.start_byte, node.end_byte, False) for node in found.get("text", ())]
+        return sorted([*comments, *others], key=lambda place: (place[0], -place[1]))
+
+    def shape(self) -> str:
+        """The same for two scripts that differ in comments and white space alone, or in the text of a token."""
+        return str(self._root).replace(" (comment)", "")
+
+
+def parse(source: bytes) -> Tree:
+    return Tree(_parser().parse(source).root_node)
+
+
 def may_load(source: bytes) -> bool:
     """Whether it is worth parsing: False means that there is no reference."""
     return _MAY_LOAD.search(source) is not None
@@ -55,14 +92,8 @@ def scan(source: bytes, *, line: int = 1) -> Script:
     """The references of `source`, whose first line is line `line` of its file."""
     if not may_load(source):
         return Script(())
-    root = _parser().parse(source).root_node
-    if root.has_error:
-        return Script((), lost_at=line + _first_error(root))
-    refs: list[Ref] = []
-    for _, captures in QueryCursor(_query()).matches(root):
-        found = _found(captures)
-        refs += [ref for node, role in found if (ref := _ref(node, role, line)) is not None]
-    return Script(tuple(sorted(set(refs), key=lambda ref: ref.start)))
+    tree = parse(source)
+    return Script(tree.refs(line), lost_at=line + tree.lost_at - 1 if tree.lost_at else 0)
 
 
 def _found(captures: dict[str, list[Node]]) -> list[tuple[Node, Role]]:
@@ -115,5 +146,5 @@ def _parser() -> Parser:
 
 
 @cache
-def _query() -> Query:
-    return Query(_language(), _QUERY)
+def _query(text: str) -> Query:
+    return Query(_language(), text)

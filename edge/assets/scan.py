@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from edge.assets import css, javascript, pages
+from edge.assets import minify as smaller
 from edge.assets.kinds import Kind, kind_of
-from edge.assets.minify import Looked, minified
 from edge.assets.refs import Ref
 from edge.assets.sourcemap import find_map
 
-TOOLS: Final = ("tinycss2", "tree-sitter", "tree-sitter-javascript", "selectolax", "tdewolff-minify")
+TOOLS: Final = ("tinycss2", "tree-sitter", "tree-sitter-javascript", "selectolax")
 """Whose versions decide what comes out."""
 REVISION: Final = 1
 """Counts changes of what this module and those below it make of the same bytes."""
@@ -32,6 +32,8 @@ class Scanned(Struct, frozen=True):
     unparsed: tuple[int, ...] = ()
     """Lines where a script could not be understood."""
     differs: bool = False
+    """References can't be placed for certain, and stay as they are: a page that browsers read as another tree than its
+    tags say, or bytes that are not UTF-8."""
     text_digest: str = ""
     """Of the text that is built, where it is not the source."""
 
@@ -42,43 +44,43 @@ def scan(source: bytes, path: str, *, minify: bool) -> tuple[Scanned, bytes | No
     if kind is Kind.HTML:
         page = pages.scan(source)
         return Scanned(page.refs, page.folder_url, page.mapped, page.lost_at, page.differs), None
-    if kind not in (Kind.CSS, Kind.SCRIPT):
-        return Scanned(), None
-    look = _look_at_styles if kind is Kind.CSS else _look_at_script
-    before = look(source)
-    smaller = minified(source, path, kind, before, look) if minify else None
-    if smaller is not None:
-        made, after = smaller
-        return Scanned(tuple(_with_lines(after.refs, before.refs))), made
-    refs = before.refs
+    if kind is Kind.CSS:
+        return _scan_style(source, path, minify=minify)
+    return _scan_script(source, path, minify=minify) if kind is Kind.SCRIPT else (Scanned(), None)
+
+
+def _scan_style(source: bytes, path: str, *, minify: bool) -> tuple[Scanned, bytes | None]:
+    minify = minify and smaller.worth_minifying(source, path)
+    if not minify and not css.may_load(source):
+        return Scanned(_with_map((), source)), None
+    sheet = css.Sheet(source)
+    made = smaller.style(source, sheet) if minify else None
+    if made is None:
+        unclear = not sheet.clear and css.may_load(source)
+        return Scanned(_with_map(sheet.refs(), source), differs=unclear), None
+    text, after = made
+    return Scanned(_with_lines(after.refs(), sheet.refs())), text
+
+
+def _scan_script(source: bytes, path: str, *, minify: bool) -> tuple[Scanned, bytes | None]:
+    minify = minify and smaller.worth_minifying(source, path)
+    if not minify and not javascript.may_load(source):
+        return Scanned(_with_map((), source)), None
+    tree = javascript.parse(source)
+    if tree.lost_at:
+        return Scanned(_with_map((), source), unparsed=(tree.lost_at,)), None
+    made = smaller.script(source, tree) if minify else None
+    if made is None:
+        return Scanned(_with_map(tree.refs(), source)), None
+    text, after = made
+    return Scanned(_with_lines(after.refs(), tree.refs())), text
+
+
+def _with_map(refs: Sequence[Ref], source: bytes) -> tuple[Ref, ...]:
     source_map = find_map(source)
-    if source_map is not None:
-        refs = (*(ref for ref in refs if ref.end <= source_map.start), source_map)
-    return Scanned(refs, unparsed=(before.lost_at,) if before.lost_at else ()), None
+    return tuple(refs) if source_map is None else (*(ref for ref in refs if ref.end <= source_map.start), source_map)
 
 
-def _look_at_styles(source: bytes) -> Looked:
-    return Looked(tuple(css.find_references(source)))
-
-
-def _look_at_script(source: bytes) -> Looked:
-    script = javascript.scan(source)
-    return Looked(script.refs, script.lost_at)
-
-
-def _with_lines(made: Sequence[Ref], original: Sequence[Ref]) -> list[Ref]:
-    """The references of the smaller text, with the lines that their authors know; equal ones are in the same order."""
-    lines: dict[str, list[int]] = {}
-    for ref in reversed(original):
-        lines.setdefault(ref.url, []).append(ref.line)
-    return [
-        Ref(
-            ref.start,
-            ref.end,
-            ref.url,
-            ref.role,
-            lines[ref.url].pop() if lines.get(ref.url) else ref.line,
-            quoted=ref.quoted,
-        )
-        for ref in made
-    ]
+def _with_lines(made: Sequence[Ref], original: Sequence[Ref]) -> tuple[Ref, ...]:
+    """The references of the smaller text, with the lines that their authors know: the same, in the same order."""
+    return tuple(structs.replace(ref, line=old.line) for ref, old in zip(made, original, strict=True))
