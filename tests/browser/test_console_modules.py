@@ -50,7 +50,7 @@ def parsed(cases: list[list[str]], tmp_path: Path) -> list[Any]:
 def test_events_are_those_of_the_standard(tmp_path: Path):
     """HTML standard, section 9.2.6, with its own examples."""
     stream = (
-        "\ufeff: a comment\nretry: 1000\nid: 1.7\n: connected\n\n"
+        ": a comment\nretry: 1000\nid: 1.7\n: connected\n\n"
         "data: first event\nid: 1\n\n"
         "data:second event\nid\n\n"
         "data:  third event\n\n"
