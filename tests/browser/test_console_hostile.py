@@ -93,6 +93,9 @@ async def test_hostile_messages_can_do_nothing_in_the_console(console: Console):
         # All the text is there, as text.
         words = await page.text("body") + str(await page.evaluate(f"{shown}.map((it) => it.textContent).join(' ')"))
         assert words.count("pwned('script')") > 4
+        assert await page.count("img.picture") == 0, (
+            "no picture of a kind that can hold a script, or that must be fetched"
+        )
         await harmless(page, ".messages", "link.classList.contains('when')")
         assert await page.evaluate("document.querySelectorAll('.threads img, .thread-head img').length") == 0
         assert HOSTILE[2] in await page.evaluate("document.querySelector('.thread-head h1').textContent")

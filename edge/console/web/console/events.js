@@ -14,7 +14,6 @@ export class EventParser {
     this.id = "";
     this.retry = null;
     this.rest = "";
-    this.begun = false;
     this.reset();
   }
 
@@ -24,10 +23,6 @@ export class EventParser {
   }
 
   push(text) {
-    if (!this.begun && text) {
-      this.begun = true;
-      if (text.startsWith("\uFEFF")) text = text.slice(1);
-    }
     this.rest += text;
     // A CR at the end may be half of a CRLF.
     const line = /\r\n|\n|\r(?=[^])/g;

@@ -65,6 +65,7 @@ class Screen {
     addEventListener("online", () => {
       this.offline.hidden = true;
       this.moved();
+      if (this.reader?.articles.size === 0) this.reader.open(route.read().message);
     }, { signal: stop });
     document.addEventListener("visibilitychange", () => this.watch(), { signal: stop });
     this.sweep = setInterval(() => document.visibilityState === "visible" && this.threads.refresh(), SWEEP_MS);

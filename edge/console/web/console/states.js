@@ -18,5 +18,5 @@ export function failure(error, retry) {
     h("h2", {}, offline ? "No connection" : error.status === 404 ? "Not found" : "That did not work"),
     h("p", {}, error.message),
     error.trace ? h("p", { class: "muted" }, "Trace ", h("code", {}, error.trace)) : null,
-    retry ? button("auto", "Try again", retry, { class: "button primary" }) : null);
+    retry ? button("retry", "Try again", retry, { class: "button primary" }) : null);
 }
