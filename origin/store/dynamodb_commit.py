@@ -290,8 +290,9 @@ class TableWriter:
             )
             outcomes = _run(script, state, operations)
             if not state.wants:
-                for thread_id in cluster.done:
-                    state.unit(thread_id).blind[recovery_key(thread_id)] = None
+                if isinstance(operations[0], ON_THREADS):
+                    for thread_id in cluster.done:
+                        state.unit(thread_id).blind[recovery_key(thread_id)] = None
                 return outcomes, state, notices
             wants = state.wants
             await self._fetch(reads, wants.keys, wants.spans, wants.bodies)
@@ -396,7 +397,11 @@ class TableWriter:
             elif before is not None:
                 writes.append(Delete(key, seen))
         blind = {key: item for key, item in unit.blind.items() if key not in unit.kept}
-        writes += [Put(item) if item is not None else Delete(key) for key, item in blind.items()]
+        for key, item in blind.items():
+            if item is not None and key.pk.startswith("K#"):
+                # A keyed request is written blind when it comes from elsewhere, and under a condition here.
+                item = {**item, "ver": self._rng.getrandbits(62)}
+            writes.append(Put(item) if item is not None else Delete(key))
         return writes
 
     async def _ahead(self, unit: Unit, writes: list[Write], reads: Reads) -> bool:

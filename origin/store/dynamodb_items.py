@@ -235,6 +235,12 @@ class Keyed(msgspec.Struct, frozen=True):
     first_seq: int
     last_seq: int
     at_us: int
+    noted_us: int
+    """What keys were forgotten up to when this one was noted: it may have come late, from another region."""
+
+    def is_forgotten(self, before_us: int) -> bool:
+        """Whether it is, now that keys are forgotten up to `before_us`."""
+        return self.noted_us < before_us and self.at_us < before_us
 
 
 _KEYED: Final = msgspec.msgpack.Decoder(Keyed)

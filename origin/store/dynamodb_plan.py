@@ -33,6 +33,7 @@ class Pack(msgspec.Struct):
 
     units: list[tuple[Unit, int]] = msgspec.field(default_factory=list)
     writes: list[Write] = msgspec.field(default_factory=list)
+    keys: set[Key] = msgspec.field(default_factory=set)
     items: int = 0
     size: int = 0
 
@@ -46,9 +47,17 @@ def pack_unit(packs: list[Pack], unit: Unit, writes: Sequence[Write], position: 
     size = sum(write_bytes(write) for write in writes) + 512
     items = len(writes) + (position > 0)
     pack = packs[-1] if packs else None
-    # One more for the check of the cluster.
-    if pack is None or pack.items + items >= TRANSACTION_ITEMS_MAX or pack.size + size > BYTES_MAX:
+    keys = {write.key for write in writes}
+    # One more for the check of the cluster. Two threads may have been written to with one key, a day apart: a
+    # transaction that names an item twice would be refused for ever.
+    if (
+        pack is None
+        or pack.items + items >= TRANSACTION_ITEMS_MAX
+        or pack.size + size > BYTES_MAX
+        or not pack.keys.isdisjoint(keys)
+    ):
         packs.append(pack := Pack())
+    pack.keys |= keys
     pack.units.append((unit, position))
     pack.writes += writes
     pack.items += items

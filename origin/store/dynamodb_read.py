@@ -350,7 +350,7 @@ class TableReader:
 
     async def replay(self, actor: Principal, idempotency: base.Idempotency) -> Written | None:
         keyed = keyed_of(await self._table.get(keyed_key(actor.issuer, actor.subject, idempotency.key)))
-        if keyed is None or keyed.at_us < self._writer.keys_before_us:
+        if keyed is None or keyed.is_forgotten(self._writer.keys_before_us):
             return None
 
         def admit(shown: Row) -> int:

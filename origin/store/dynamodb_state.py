@@ -449,7 +449,7 @@ class TableState:
         unit = self.unit(log.thread_id)
         for seq, meta in keyed_spans(entries).items():
             key = keyed_key(meta.issuer, meta.subject, meta.key or "")
-            keyed = Keyed(meta.fingerprint, log.thread_id, seq - meta.span + 1, seq, meta.at)
+            keyed = Keyed(meta.fingerprint, log.thread_id, seq - meta.span + 1, seq, meta.at, self._keys_before_us)
             item = blob(key, keyed, ttl=meta.at // 1_000_000 + KEYS_LIVE_S)
             if key in self.reads.items:
                 unit.kept[key] = item  # it was asked for here: whoever else takes the key meanwhile is in the way
@@ -470,7 +470,7 @@ class TableState:
 
     def recall(self, actor: Principal, idempotency: base.Idempotency) -> Written | None:
         keyed = keyed_of(self.get(keyed_key(actor.issuer, actor.subject, idempotency.key)))
-        if keyed is None or keyed.at_us < self._keys_before_us:
+        if keyed is None or keyed.is_forgotten(self._keys_before_us):
             return None
         found = self.log(keyed.thread_id)
         if found.row is None or keyed.last_seq > found.row.v:

@@ -1,7 +1,9 @@
-"""The model test: whatever is asked of SQLite in whatever order, memory gives the same outcomes.
+"""The model test: whatever is asked of SQLite or DynamoDB in whatever order, memory gives the same outcomes.
 
 Random batches of every operation, good and bad, go to both; now and then, and after the last, everything an
 outsider can see of the two must be equal. What one engine forgets, caches wrongly or leaves behind shows here.
+DynamoDB stores a batch in more than one transaction, each a row of its own in the feed, so it is given one operation
+at a time here; what it makes of batches is held against the logs that memory has in the end.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from infra.objects import MemoryObjects
 from origin.store.base import (
     Draft,
     KeyReused,
@@ -27,7 +30,9 @@ from origin.store.base import (
     Version,
     Write,
 )
+from origin.store.dynamodb import DynamoStore
 from origin.store.memory import MemoryStore
+from origin.store.object_bodies import ObjectBodies
 from origin.store.replication import (
     Acknowledge,
     AdoptGroup,
@@ -50,6 +55,7 @@ from origin.store.replication import (
     Win,
 )
 from origin.store.sqlite import SqliteStore
+from origin.store.table_memory import MemoryTable, TableData
 from tests.contract.conftest import Engine
 from tests.support.builders import (
     REGIONS,
@@ -108,6 +114,7 @@ class Scripted:
         self.peer = MemoryStore(region=PEER, members=REGIONS, clock=clock)
         self.rival = MemoryStore(region=THIRD, members=REGIONS, clock=clock)
         self.rival_epoch = 1
+        self.keys_before_us = 0
 
     async def operations(self, choice: Choice) -> Sequence[Operation]:
         """What a choice amounts to: one operation, or a few that say nothing apart."""
@@ -247,7 +254,9 @@ class Scripted:
             case "settle":
                 return Settle("voter", ((HERE, f"disk-{c}"),) if c % 2 else ())
             case "trim":
-                return Trim(int((self.clock.time() - c) * 1e6), feed_rows_max=1 + a)
+                # Later each time, as time is.
+                self.keys_before_us = max(self.keys_before_us + 1, int((self.clock.time() - c) * 1e6))
+                return Trim(self.keys_before_us, feed_rows_max=1 + a)
         return await self.delta(FOREIGN[a % 2], b, c, altered=kind == "altered")
 
     async def delta(self, thread_id: str, b: int, c: int, *, altered: bool) -> Operation:
@@ -322,41 +331,103 @@ async def _same_to_see(memory: Engine, disk: Engine) -> None:
         assert theirs[name] == mine[name], name
 
 
-async def _agree(batches: Sequence[Sequence[Choice]], folder: Path) -> Counter[str]:
+class SqliteDisk:
+    """A folder, opened again and again."""
+
+    whole_batches = True
+
+    def __init__(self, folder: Path, clock: FakeClock) -> None:
+        self._folder = folder
+        self._clock = clock
+
+    async def open(self, rng: random.Random | None = None) -> Engine:
+        return await SqliteStore.open(
+            self._folder, region=HERE, members=REGIONS, clock=self._clock, body_file_bytes=300, rng=rng
+        )
+
+
+class DynamoDisk:
+    """A table in memory, and its bodies."""
+
+    whole_batches = False
+
+    def __init__(self, folder: Path, clock: FakeClock) -> None:
+        self._data = TableData()
+        self._bodies = ObjectBodies(MemoryObjects(clock))
+        self._clock = clock
+
+    async def open(self, rng: random.Random | None = None) -> Engine:
+        return await DynamoStore.open(
+            MemoryTable(self._data),
+            self._bodies,
+            region=HERE,
+            members=REGIONS,
+            clock=self._clock,
+            body_bytes_max=300,
+            rng=_SameIncarnation(rng) if rng is not None else None,
+        )
+
+
+class _SameIncarnation(random.Random):
+    """Gives incarnations as memory's source does, and versions from another."""
+
+    def __init__(self, incarnations: random.Random) -> None:
+        super().__init__(1)
+        self._incarnations = incarnations
+
+    def getrandbits(self, k: int, /) -> int:
+        return self._incarnations.getrandbits(k) if k == 80 else super().getrandbits(k)
+
+
+async def _agree(
+    batches: Sequence[Sequence[Choice]], folder: Path, kind: type[SqliteDisk | DynamoDisk]
+) -> Counter[str]:
     """What was told on the way: outcomes by type, fates of what was submitted again, commits with something saved."""
     clock = FakeClock()
     told: Counter[str] = Counter()
     memory = MemoryStore(region=HERE, members=REGIONS, clock=clock, rng=random.Random(1))
     script = Scripted(clock, memory)
+    disk = kind(folder, clock)
     # The same random source, thus the same incarnation.
-    disk = await SqliteStore.open(
-        folder, region=HERE, members=REGIONS, clock=clock, body_file_bytes=300, rng=random.Random(1)
-    )
+    store = await disk.open(random.Random(1))
     try:
         start = [create(THREADS[0], ANN, visibility="team"), create(THREADS[1], ANN, messages=[message("m1", "word0")])]
-        assert list(await disk.commit(start)) == list(await memory.commit(start))
+        for part in (start,) if disk.whole_batches else ([one] for one in start):
+            assert list(await store.commit(part)) == list(await memory.commit(part))
         for number, batch in enumerate(batches):
             operations = [one for choice in batch for one in await script.operations(choice)]
-            outcomes = await memory.commit(operations)
-            told.update(type(outcome).__name__ for outcome in outcomes)
-            told.update(fate for it in outcomes if isinstance(it, Resubmitted) for _, fate in it.fates)
+            for part in (operations,) if disk.whole_batches else ([one] for one in operations):
+                outcomes = await memory.commit(part)
+                told.update(type(outcome).__name__ for outcome in outcomes)
+                told.update(fate for it in outcomes if isinstance(it, Resubmitted) for _, fate in it.fates)
+                expected = [comparable(outcome) for outcome in outcomes]
+                assert [comparable(outcome) for outcome in await store.commit(part)] == expected, part
             told["saved"] += bool(await memory.saved(limit=1))
-            expected = [comparable(outcome) for outcome in outcomes]
-            assert [comparable(outcome) for outcome in await disk.commit(operations)] == expected
             clock.step(1)
             if number % 4 == 3:
-                await _same_to_see(memory, disk)
-                await disk.close()
-                disk = await SqliteStore.open(folder, region=HERE, members=REGIONS, clock=clock, body_file_bytes=300)
-        await _same_to_see(memory, disk)
+                await _same_to_see(memory, store)
+                await store.close()
+                store = await disk.open()
+        await _same_to_see(memory, store)
         return told
     finally:
-        await disk.close()
+        await store.close()
 
 
-def _run(batches: Sequence[Sequence[Choice]]) -> Counter[str]:
+def _run(batches: Sequence[Sequence[Choice]], kind: type[SqliteDisk | DynamoDisk] = SqliteDisk) -> Counter[str]:
     with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        return asyncio.run(_agree(batches, Path(folder) / "store"))
+        return asyncio.run(_agree(batches, Path(folder) / "store", kind))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(BATCHES)
+def test_memory_and_dynamodb_give_the_same_outcomes(batches: list[list[Choice]]) -> None:
+    _run(batches, DynamoDisk)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_memory_and_dynamodb_give_the_same_outcomes_over_long_histories(seed: int) -> None:
+    _run(batches_of(seed), DynamoDisk)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -386,5 +457,16 @@ def test_memory_and_sqlite_give_the_same_outcomes_over_hundreds_of_histories() -
     assert told["Written"] > 300
 
 
+@pytest.mark.full
+def test_memory_and_dynamodb_give_the_same_outcomes_over_hundreds_of_histories() -> None:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        told = sum(pool.map(_told_by_dynamodb, range(2_000, 2_200), chunksize=10), Counter[str]())
+    assert told["Written"] > 200
+
+
 def _told(seed: int) -> Counter[str]:
     return _run(batches_of(seed))
+
+
+def _told_by_dynamodb(seed: int) -> Counter[str]:
+    return _run(batches_of(seed), DynamoDisk)

@@ -228,6 +228,20 @@ async def test_a_retry_that_adds_nothing_is_fenced_too(region: Region) -> None:
     assert isinstance(await commit_one(one, append(T, message("m1"))), NotHolder)
 
 
+async def test_threads_that_one_key_was_used_for_on_different_days_come_together(region: Region) -> None:
+    """A backlog may bring both at once, and a transaction that names the key's item twice is refused for ever."""
+    source = await Region(PEER).server()
+    for number, thread_id in enumerate((T, OTHER)):
+        await commit_one(source, create(thread_id, group=PEER, idempotency=key("k")))
+        assert isinstance(source, DynamoStore)
+        await commit_one(source, Trim(int(1.7e15) + 10**9 * number + 10**7, 100))
+    store = await region.server()
+    deltas = [received(await delta_from(source, thread_id), group=PEER) for thread_id in (T, OTHER)]
+    outcomes = await store.commit(deltas)
+    assert [type(outcome).__name__ for outcome in outcomes] == ["Applied", "Applied"]
+    await source.close()
+
+
 async def test_two_servers_promise_an_epoch_to_one_candidate_only(region: Region) -> None:
     hooks = Hooks()
     one, two = await region.server(hooks), await region.server()
