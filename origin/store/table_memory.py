@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Final, Literal, Protocol
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from typing import Any, Final, Literal, Protocol
 
 from origin.store.table import (
     BATCH_WRITES_MAX,
@@ -57,13 +57,27 @@ class Faults(Protocol):
 
     async def delay(self, call: str) -> None: ...
 
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let `work`, a call that is carried out late, go on by itself: its caller may be gone by then."""
+        ...
+
 
 class NoFaults:
+    """A table that always answers, at once."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
     def fault(self, call: str) -> Fault | None:
         return None
 
     async def delay(self, call: str) -> None:
         return None
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 class TableData:
@@ -93,7 +107,6 @@ class MemoryTable:
     def __init__(self, data: TableData | None = None, faults: Faults | None = None) -> None:
         self.data = data if data is not None else TableData()
         self._faults: Faults = faults if faults is not None else NoFaults()
-        self._late: set[asyncio.Task[None]] = set()
         self.consumed = Consumed()
 
     def __repr__(self) -> str:
@@ -219,8 +232,7 @@ class MemoryTable:
         await self._faults.delay("TransactWriteItems")
 
     async def close(self) -> None:
-        for task in self._late:
-            task.cancel()
+        """The data stays."""
 
     # ------------------------------------------------------------ within
 
@@ -244,9 +256,7 @@ class MemoryTable:
             except ConditionFailed:
                 pass
 
-        task = asyncio.get_running_loop().create_task(later())
-        self._late.add(task)
-        task.add_done_callback(self._late.discard)
+        self._faults.spawn(later())
 
     def _apply(self, write: Write) -> Item | None:
         match write:

@@ -39,7 +39,7 @@ from origin.store.replication import (
     Recovery,
     Trim,
 )
-from origin.store.table_memory import Fault, MemoryTable, TableData
+from origin.store.table_memory import Fault, MemoryTable, NoFaults, TableData
 from tests.support.builders import (
     ANN,
     REGIONS,
@@ -62,10 +62,11 @@ OTHER = "22222222-2222-4222-8222-222222222222"
 HERE, PEER, THIRD = REGIONS
 
 
-class Hooks:
+class Hooks(NoFaults):
     """Faults and interruptions of one server's calls, in the order they were set up."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.faults: list[tuple[str, Fault]] = []
         self.before: list[tuple[str, Callable[[], Any]]] = []
 

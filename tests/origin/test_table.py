@@ -31,7 +31,7 @@ from origin.store.table import (
     Value,
     item_bytes,
 )
-from origin.store.table_memory import Fault, MemoryTable, TableData
+from origin.store.table_memory import Fault, MemoryTable, NoFaults, TableData
 from tests.support.awsfaults import AwsFaults
 from tests.support.awsplace import AwsPlace, use_test_credentials
 from tests.support.awstable import make_table, open_table
@@ -275,10 +275,11 @@ async def test_the_same_token_is_the_same_transaction(pk: str) -> None:
 # ---------------------------------------------------------------- faults
 
 
-class Scripted:
+class Scripted(NoFaults):
     """Faults in the order given, by call."""
 
     def __init__(self, *faults: tuple[str, Fault]) -> None:
+        super().__init__()
         self.left = list(faults)
 
     def fault(self, call: str) -> Fault | None:

@@ -14,10 +14,9 @@ SEEDS_AT_ONCE = 8
 
 
 def schedule_of(seed: int) -> Schedule:
-    """Seeds go through 3 and 5 regions; every tenth runs on SQLite."""
-    return Schedule(
-        seed, regions=5 if seed % 3 == 2 else 3, engine="sqlite" if seed % 10 == 9 else "memory", ops=OPERATIONS
-    )
+    """Seeds go through 3 and 5 regions; every tenth runs on SQLite, and another on DynamoDB."""
+    engine = {9: "sqlite", 4: "dynamodb"}.get(seed % 10, "memory")
+    return Schedule(seed, regions=5 if seed % 3 == 2 else 3, engine=engine, ops=OPERATIONS)  # type: ignore[arg-type]
 
 
 def run_seed(seed: int) -> Result:

@@ -37,7 +37,7 @@ class Schedule(msgspec.Struct, frozen=True):
 
     seed: int
     regions: Literal[3, 5] = 3
-    engine: Literal["memory", "sqlite"] = "memory"
+    engine: Literal["memory", "sqlite", "dynamodb"] = "memory"
     ops: int = 60
     faults: tuple[str, ...] | None = None
 

@@ -27,6 +27,7 @@ from regions.peer_service import PeerService
 from regions.replication_target import ReplicationLimits
 from regions.topology import Topology, same_members
 from tests.simulation.disk import Medium, MemoryMedium, Moods, SimDisk, SqliteMedium
+from tests.simulation.dynamo import DynamoMedium
 from tests.simulation.loop import Place, SimClock, SimLoop, Trace
 from tests.simulation.network import Network
 from tests.simulation.queues import SimQueue
@@ -260,6 +261,8 @@ class World:
         medium: Medium
         if self._engine == "memory":
             medium = MemoryMedium(name, tuple(self.urls))
+        elif self._engine == "dynamodb":
+            medium = DynamoMedium(name, tuple(self.urls), loop=self.loop, seed=self.seed, counts=self.counts)
         else:
             assert self._folder is not None
             medium = SqliteMedium(self._folder / name, name, tuple(self.urls))
