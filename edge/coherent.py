@@ -21,6 +21,7 @@ from typing import Final, Protocol, TypeAlias
 
 from aiohttp import web
 from multidict import CIMultiDict
+from prometheus_client import Counter
 
 from edge.feed import Change, FeedView
 from edge.headers import CACHE_STATUS, VERSION_HEADER, version_of
@@ -195,6 +196,7 @@ class Coherent:
             "Listings and threads asked for, by how they were answered.",
             ("kind", "result"),
         )
+        self._counters: dict[tuple[str, str], Counter] = {}
         self._forgotten = metrics.counter(
             "edge_coherent_drops_total", "Kept answers dropped, by what made them stale.", ("cause",)
         )
@@ -343,7 +345,11 @@ class Coherent:
         return response
 
     def _count(self, ask: Ask, result: str) -> None:
-        self._asked.labels(ask.kind.name, result).inc()
+        key = (ask.kind.name, result)
+        counter = self._counters.get(key)
+        if counter is None:
+            counter = self._counters[key] = self._asked.labels(*key)
+        counter.inc()
 
 
 def canonical_query(query: str) -> str:

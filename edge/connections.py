@@ -244,7 +244,7 @@ class Connection(asyncio.Protocol):
         try:
             if answer is not None:
                 self._feed(answer, data)
-            elif self._waiter is not None:
+            elif self._waiter is not None and not self._waiter.done():
                 self._buffer = self._buffer + data if self._buffer else data
                 self._read_heads()
             else:

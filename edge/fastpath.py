@@ -43,6 +43,9 @@ RENDER_S_MAX: Final = 3600.0
 ENTRY_BYTES: Final = 1024
 """What an entry weighs beside its bytes, roughly."""
 
+ESSENCE: Final = b"="
+"""How one begins, and no method does."""
+
 _TRACE_BEGINS: Final = b"raceparent: 00-"
 _TRACEPARENT: Final = re.compile(rb"\r\n[Tt]raceparent: 00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?=\r\n)")
 
@@ -184,7 +187,10 @@ class Memo:
             size_bytes_max=size_bytes_max, items_max=ENTRIES_MAX, on_remove=self._removed
         )
         self._ready: dict[bytes, Answer] = {}
-        """The same: to be looked into with every request, while the other is told of a use once a second."""
+        """Those under the bytes of a whole head: looked into with every request, while `_answers` is told of a use once a
+        second."""
+        self._alike: dict[bytes, Answer] = {}
+        """Those under an essence. Apart, since what a client sends may be anything, an essence too."""
         self._seen: set[int] = set()
         self._seen_before: set[int] = set()
         metrics.before_scrape(self.flush)
@@ -206,7 +212,7 @@ class Memo:
     def answer_alike(self, head: bytes) -> bytes | None:
         """The answer to a request with this head, if one to another that asks the same may be repeated now. The head
         must have been found good (`framing.read_head`), and no body be behind it."""
-        answer = self._ready.get(essence(head))
+        answer = self._alike.get(essence(head))
         if answer is None:
             return None
         wire = self._use(answer)
@@ -268,7 +274,10 @@ class Memo:
 
     def _put(self, answer: Answer) -> None:
         if self._answers.put(answer.key, answer, answer.weight):
-            self._ready[answer.key] = answer
+            self._table(answer.key)[answer.key] = answer
+
+    def _table(self, key: bytes) -> dict[bytes, Answer]:
+        return self._alike if key.startswith(ESSENCE) else self._ready
 
     def _seen_again(self, mark: int) -> bool:
         """Whether it was, not so long ago. Two requests of one hash: the second is kept a time too early, no more."""
@@ -281,8 +290,9 @@ class Memo:
 
     def _removed(self, answer: Answer) -> None:
         self._hits.inc(answer.flush())
-        if self._ready.get(answer.key) is answer:
-            del self._ready[answer.key]
+        table = self._table(answer.key)
+        if table.get(answer.key) is answer:
+            del table[answer.key]
 
 
 def without_trace(request: bytes) -> bytes:
@@ -304,7 +314,7 @@ def essence(head: bytes) -> bytes:
     """What an answer from memory depends on of `head`, the good head of one request: its line and its `DECISIVE` lines,
     as they came. Never the bytes of a head."""
     line, *fields = head[:-4].split(b"\r\n")
-    kept = [b"=" + line]
+    kept = [ESSENCE + line]
     known = _known_names
     for field in fields:
         name = field.partition(b":")[0]

@@ -441,7 +441,7 @@ async def test_the_fast_path_changes_no_answer(start_edge: StartEdge, region: Fa
                 await client.answer()
 
     @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=8), st.lists(st.integers(0, 5000), max_size=6))
+    @given(st.lists(st.sampled_from(PIECES), min_size=5, max_size=10), st.lists(st.integers(0, 5000), max_size=6))
     def same(names: list[str], cuts: list[int]) -> None:
         async def both() -> tuple[list[object], list[object]]:
             return await answers(fast, names, cuts), await answers(slow, names, cuts)

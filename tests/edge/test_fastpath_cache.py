@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edge.app import EdgeRequest
 from edge.fastpath import DECISIVE, essence
 from tests.edge.cacheorigin import Answer, Origin, running_origin
-from tests.edge.conftest import FakeRegion, RunningEdge, StartEdge
+from tests.edge.conftest import FakeRegion, RunningEdge, StartEdge, until
 from tests.edge.test_fastpath import LISTING, VERIFY, given_twice, hits, one_listing
 from tests.edge.test_fastpath import ask as ask_api
 from tests.edge.wiretap import Client, connected
@@ -262,6 +262,20 @@ def test_the_essence_is_the_line_and_the_decisive_fields_as_they_came() -> None:
     head = b"GET /a HTTP/1.1\r\nHost: a\r\nX-B: 1\r\nACCEPT:  x\r\naccept: y\r\nAccept-: z\r\nX: Host: b\r\n\r\n"
     assert essence(head) == b"=GET /a HTTP/1.1\r\nHost: a\r\nACCEPT:  x\r\naccept: y"
     assert essence(b"GET / HTTP/1.1\r\n\r\n") == b"=GET / HTTP/1.1"
+
+
+async def test_an_essence_is_no_request(cache: RunningEdge, client: Client, origin: Origin) -> None:
+    origin.says("/a", Answer([HOUR]))
+    for n in range(5):
+        client.send(ask("/a", f"X-Request-Id: {n}"))
+        assert (await client.answer()).status == 200
+    assert hits(cache) > 0
+    before = hits(cache)
+    client.send(essence(ask("/a")))
+    await until(lambda: cache.edge.wire.statistics().idle == 0 or hits(cache) > before, "it came")
+    client.send(b"\r\n\r\n")
+    assert (await client.answer()).status == 400
+    assert hits(cache) == before
 
 
 STEPS = st.one_of(
