@@ -187,8 +187,8 @@ class Memo:
             size_bytes_max=size_bytes_max, items_max=ENTRIES_MAX, on_remove=self._removed
         )
         self._ready: dict[bytes, Answer] = {}
-        """Those under the bytes of a whole head: looked into with every request, while `_answers` is told of a use once a
-        second."""
+        """Those under the bytes of a whole head: looked into with every request, while `_answers` is told of a use once
+        a second."""
         self._alike: dict[bytes, Answer] = {}
         """Those under an essence. Apart, since what a client sends may be anything, an essence too."""
         self._seen: set[int] = set()
