@@ -69,11 +69,13 @@ def _scan_script(source: bytes, path: str, *, minify: bool) -> tuple[Scanned, by
     tree = javascript.parse(source)
     if tree.lost_at:
         return Scanned(_with_map((), source), unparsed=(tree.lost_at,)), None
+    refs = tree.refs() if javascript.may_load(source) else ()
     made = smaller.script(source, tree) if minify else None
     if made is None:
-        return Scanned(_with_map(tree.refs(), source)), None
+        return Scanned(_with_map(refs, source)), None
     text, after = made
-    return Scanned(_with_lines(after.refs(), tree.refs())), text
+    # The same tree has the same references.
+    return Scanned(_with_lines(after.refs(), refs) if refs else ()), text
 
 
 def _with_map(refs: Sequence[Ref], source: bytes) -> tuple[Ref, ...]:

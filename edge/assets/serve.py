@@ -298,7 +298,7 @@ def _condition(
     """412 or 304, if it comes to that. There are no dates: the same file was built at many times."""
     if_match = request.headers.getall(hdrs.IF_MATCH, ())
     if if_match and not matches(if_match, representation.etag, weak=False):
-        raise Problem(412, "precondition-failed", "It is another version.", headers=headers)
+        raise Problem(412, "precondition-failed", "It is another version.", headers=_failed(headers))
     if_none_match = request.headers.getall(hdrs.IF_NONE_MATCH, ())
     if if_none_match and matches(if_none_match, representation.etag, weak=True):
         return web.Response(status=304, headers=headers)
@@ -317,10 +317,14 @@ def _ranges(
     try:
         return ranges_of(lines, representation.size)
     except Unsatisfiable:
-        kept = CIMultiDict({**_ALWAYS, "Content-Range": f"bytes */{representation.size}"})
-        if "Vary" in headers:
-            kept["Vary"] = headers["Vary"]
-        raise Problem(416, "range-not-satisfiable", "No such range of bytes.", headers=kept) from None
+        failed = {**_failed(headers), "Content-Range": f"bytes */{representation.size}"}
+        raise Problem(416, "range-not-satisfiable", "No such range of bytes.", headers=failed) from None
+
+
+def _failed(headers: CIMultiDict[str]) -> dict[str, str]:
+    """What a refusal keeps of them: it is another content, and may not be kept for a year."""
+    kept = {name: value for name, value in headers.items() if not name.startswith("Content-")}
+    return {**kept, "Cache-Control": "no-store"}
 
 
 def _parts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from tests.bench import (
+    assets,
     catch_up,
     digest_exchange,
     edge_hit,
@@ -39,4 +40,5 @@ CASES: Final[tuple[Case, ...]] = (
     edge_hit.SLOW,
     edge_pass.PUBLIC_HIT,
     edge_pass.MISS,
+    *assets.CASES,
 )

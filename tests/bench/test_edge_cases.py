@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import edge_hit, edge_pass
+from tests.bench import assets, edge_hit, edge_pass
 from tests.bench.harness import Case, Context, run_case
 
 QUICK = (edge_hit.HIT, edge_pass.MISS)
-LONG = (edge_hit.TRACED, edge_hit.SLOW, edge_pass.PUBLIC_HIT)
-WITH_PACKAGES = {edge_hit.FASTIFY, edge_hit.WORKERD, edge_hit.STARLETTE, edge_hit.BARE, edge_pass.FASTIFY}
+LONG = (edge_hit.TRACED, edge_hit.SLOW, edge_pass.PUBLIC_HIT, *assets.CASES)
+WITH_PACKAGES = {
+    *(edge_hit.FASTIFY, edge_hit.WORKERD, edge_hit.STARLETTE, edge_hit.BARE, edge_pass.FASTIFY),
+    *(assets.WHITENOISE, assets.UVICORN),
+}
 """Installed by `make bench` alone: a test fetches nothing."""
 
 
