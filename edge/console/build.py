@@ -18,6 +18,4 @@ BUILT: Final = Path(__file__).parent / "built"
 
 def build_console(out: Path, cache: Path) -> Result:
     """Build into `out`; `cache` remembers what was done before. BuildError and the like."""
-    # Not minified: the minifier's `const {a} = b && c(b) || d` came to stand before the `const b` it reads, which a
-    # browser's test of a long thread saw and nothing else did. Brotli makes the difference small.
-    return build(SOURCES, out, cache, Options(keep=0, minify=False))
+    return build(SOURCES, out, cache, Options(keep=0))

@@ -123,6 +123,29 @@ async def test_a_thread_of_a_thousand_messages(console: Console, size: tuple[int
 
 
 @pytest.mark.full
+async def test_a_link_to_a_message_opens_there_however_far_down(console: Console):
+    ada = console.outside.user("ada")
+    messages = conversation(600)
+    thread = await ada.create(title="Linked", messages=messages)
+    far, results = messages[561]["id"], messages[562]["id"]
+    near_the_top = (
+        "(() => { const b = document.querySelector('.message.target')?.getBoundingClientRect();"
+        "return b && b.top > 0 && b.top < innerHeight / 2; })()"
+    )
+    async with console.tab() as page:
+        await console.enter(page, ada, f"#/threads/{thread['id']}/{far}")
+        await page.wait(near_the_top)
+        assert await page.evaluate("document.querySelector('.target').dataset.id") == far
+        await page.evaluate("document.querySelector('.reader-scroller').scrollTop = 0")
+        # What holds only results is shown with the call, and so is a link to it.
+        await page.evaluate(f"location.hash = '#/threads/{thread['id']}/{results}'")
+        await page.wait(near_the_top)
+        assert await page.evaluate("document.querySelector('.target').dataset.id") == far
+        await page.evaluate(f"location.hash = '#/threads/{thread['id']}/no-such-message'")
+        await page.wait("document.querySelector('.toast')?.textContent === 'That message is not in this thread'")
+
+
+@pytest.mark.full
 async def test_the_list_grows_as_one_scrolls_and_by_itself(console: Console):
     ada = console.outside.user("ada")
     await asyncio.gather(*(ada.create(title=f"Thread {n:03}") for n in range(130)))

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -37,7 +38,7 @@ def node_modules(folder: Path) -> Path:
     return place / "node_modules"
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """Skip the test, or fail it where everything must be there."""
     if os.environ.get("WEFT_REQUIRE_ALL"):
         pytest.fail(what)

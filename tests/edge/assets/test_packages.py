@@ -16,7 +16,7 @@ from edge.assets import css
 from edge.assets.build import Options, Result, build
 from edge.assets.kinds import Kind, is_hashed, kind_of
 from tests.edge.assets.conftest import Workshop
-from tests.support.browser import browser
+from tests.support.chromium import browser
 from tests.support.npm import node_modules
 
 PACKAGES = Path(__file__).with_name("packages")
@@ -143,25 +143,25 @@ async def test_pages_of_swagger_ui_and_katex_are_shown_without_an_error(
     with_policy(katex / "page.html")
     result = workshop.build()
     edge = await start_edge(origins=("http://127.0.0.1:9",), issuers=(), assets=workshop.out)
-    async with browser(tmp_path) as chromium:
-        async with chromium.tab() as tab:
-            await tab.open(f"{edge.url}/cdn/swagger/index.html")
-            await tab.until("document.querySelector('.opblock-summary-path')")
-            assert "/things" in await tab.value("document.querySelector('.opblock-summary-path').textContent")
+    async with browser() as chromium:
+        async with chromium.page() as tab:
+            await tab.goto(f"{edge.url}/cdn/swagger/index.html")
+            await tab.wait("document.querySelector('.opblock-summary-path')")
+            assert "/things" in await tab.evaluate("document.querySelector('.opblock-summary-path').textContent")
             await tab.screenshot(tmp_path / "swagger.png")
-            assert_loaded(tab.answers, result, "swagger/swagger-ui-bundle.js", "swagger/swagger-ui.css")
-            assert await tab.value("document.querySelectorAll('script[integrity^=sha384]').length") == 3
-            assert tab.errors == []
-        async with chromium.tab() as tab:
-            await tab.open(f"{edge.url}/cdn/katex/page.html")
-            await tab.until("document.querySelectorAll('.katex-html').length == 2")
-            await tab.value("document.fonts.ready.then(() => 0)")
+            assert_loaded(tab.responses, result, "swagger/swagger-ui-bundle.js", "swagger/swagger-ui.css")
+            assert await tab.evaluate("document.querySelectorAll('script[integrity^=sha384]').length") == 3
+            assert tab.trouble == []
+        async with chromium.page() as tab:
+            await tab.goto(f"{edge.url}/cdn/katex/page.html")
+            await tab.wait("document.querySelectorAll('.katex-html').length == 2")
+            await tab.evaluate("document.fonts.ready.then(() => 0)")
             await tab.screenshot(tmp_path / "katex.png")
-            assert await tab.value("document.fonts.check('16px KaTeX_Main')")
+            assert await tab.evaluate("document.fonts.check('16px KaTeX_Main')")
             assert_loaded(
-                tab.answers, result, "katex/katex.mjs", "katex/katex.css", "katex/fonts/KaTeX_Main-Regular.woff2"
+                tab.responses, result, "katex/katex.mjs", "katex/katex.css", "katex/fonts/KaTeX_Main-Regular.woff2"
             )
-            assert tab.errors == []
+            assert tab.trouble == []
 
 
 def assert_loaded(answers: dict[str, tuple[int, dict[str, str]]], result: Result, *paths: str) -> None:
@@ -170,20 +170,20 @@ def assert_loaded(answers: dict[str, tuple[int, dict[str, str]]], result: Result
     for path in paths:
         asset = result.manifest.files[path]
         [headers] = [headers for url, (_, headers) in answers.items() if url.endswith("/cdn/" + asset.file)]
-        assert "immutable" in headers["Cache-Control"]
-        assert ("Content-Encoding" in headers) == bool(asset.encodings)
+        assert "immutable" in headers["cache-control"]
+        assert ("content-encoding" in headers) == bool(asset.encodings)
 
 
 async def test_the_sample_that_comes_with_weft_is_shown_as_it_should(workshop, start_edge, tmp_path):
     shutil.copytree(Path(__file__).parents[3] / "docs" / "sample", workshop.source, dirs_exist_ok=True)
     result = workshop.build(strict=True)
     edge = await start_edge(origins=("http://127.0.0.1:9",), issuers=(), assets=workshop.out)
-    async with browser(tmp_path) as chromium, chromium.tab() as tab:
-        await tab.open(f"{edge.url}/cdn/index.html")
-        await tab.until("document.querySelectorAll('#loaded li').length == 3")
-        shown = await tab.value("document.getElementById('loaded').textContent")
+    async with browser() as chromium, chromium.page() as tab:
+        await tab.goto(f"{edge.url}/cdn/index.html")
+        await tab.wait("document.querySelectorAll('#loaded li').length == 3")
+        shown = await tab.evaluate("document.getElementById('loaded').textContent")
         for path in ("js/page.js", "img/threads.svg", "css/page.css"):
             assert result.manifest.files[path].file.rpartition("/")[2] in shown
-        assert_loaded(tab.answers, result, "js/page.js", "js/names.js", "css/page.css", "css/tokens.css")
+        assert_loaded(tab.responses, result, "js/page.js", "js/names.js", "css/page.css", "css/tokens.css")
         await tab.screenshot(tmp_path / "sample.png")
-        assert tab.errors == []
+        assert tab.trouble == []

@@ -26,6 +26,7 @@ export function headersFor(token = session.token) {
 
 /** The response of a GET, or an ApiError. A token that is refused ends the session. */
 export async function get(path, { signal, token, headers } = {}) {
+  const mine = session.token;
   let response;
   try {
     response = await fetch(path, { headers: { ...headersFor(token), ...headers }, signal, credentials: "omit", redirect: "error" });
@@ -36,7 +37,8 @@ export async function get(path, { signal, token, headers } = {}) {
   }
   if (response.ok) return response;
   const error = await problemOf(response);
-  if (response.status === 401 && token === undefined && session.token) session.end("refused");
+  // Not when somebody signed in anew while the old token was being refused.
+  if (response.status === 401 && token === undefined && mine && session.token === mine) session.end("refused");
   throw error;
 }
 

@@ -147,7 +147,7 @@ class Screen {
     this.threads.show(at);
     this.element.classList.toggle("reading", at.thread !== null);
     if (at.thread === null) this.leaveReader();
-    else if (this.reader?.id === at.thread) at.message && this.reader.goTo(at.message);
+    else if (this.reader?.id === at.thread) at.message && this.reader.seek(at.message);
     else this.read(at);
   }
 

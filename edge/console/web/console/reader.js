@@ -4,7 +4,7 @@
 
 import { curl, get, threadPath, withQuery } from "./api.js";
 import { blocksOf, isResult, plainText, render, text } from "./blocks.js";
-import { announce, button, copy, h, icon } from "./dom.js";
+import { announce, button, copy, h, icon, toast } from "./dom.js";
 import { follow } from "./events.js";
 import { number, plural, when } from "./format.js";
 import * as route from "./route.js";
@@ -142,13 +142,23 @@ export class Reader {
     } finally {
       this.messages.removeAttribute("aria-busy");
     }
-    const target = message ?? anchor?.id;
-    while (!this.complete && !this.closed.signal.aborted && ((target && !this.articles.has(target)) || this.articles.size < READ_AT_ONCE_MAX)) {
-      if (target && this.articles.has(target) && !this.found) this.found = this.goTo(target);
+    if (message) await this.seek(message);
+    else if (anchor && (await this.readUntil(anchor.id))) this.settle(() => this.hold(anchor));
+    while (!this.complete && !this.closed.signal.aborted && this.articles.size < READ_AT_ONCE_MAX) {
       if (!(await this.readOn())) return;
     }
-    if (anchor && this.articles.has(anchor.id)) this.hold(anchor);
-    else if (message && !this.goTo(message)) announceMissing();
+  }
+
+  /** Read on until a message is there; false when it is in none of the pages. */
+  async readUntil(id) {
+    while (!this.articles.has(id) && !this.closed.signal.aborted) if (!(await this.readOn())) break;
+    return this.articles.has(id);
+  }
+
+  /** Go to a message, wherever it is in the thread. */
+  async seek(id) {
+    if (await this.readUntil(id)) this.goTo(id);
+    else if (!this.closed.signal.aborted) toast("That message is not in this thread");
   }
 
   async page(after) {
@@ -386,17 +396,15 @@ export class Reader {
     this.scroller.scrollTop += article.getBoundingClientRect().top - top - offset;
   }
 
-  /** Go to a message; false when it is not here. What holds only results is shown where the call is. */
+  /** Go to a message that is here. What holds only results is shown where the call is. */
   goTo(id) {
     const one = this.articles.get(id);
-    if (!one) return false;
     const caller = this.calls.callerOf(one.message);
     const { article } = (caller && this.articles.get(caller)) || one;
     this.focusOn(article);
     for (const other of this.messages.querySelectorAll(".target")) other.classList.remove("target");
     article.classList.add("target");
     this.settle(() => article.scrollIntoView({ block: "start", behavior: "instant" }));
-    return true;
   }
 
   /** Move, and again while what lies between is laid out and changes size, unless somebody moves meanwhile. */
@@ -473,10 +481,6 @@ export class Reader {
     this.unseen = 0;
     this.newer.hidden = true;
   }
-}
-
-function announceMissing() {
-  announce("That message is not in this thread");
 }
 
 /** About how high a message will be, before it is laid out. */
