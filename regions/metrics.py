@@ -18,14 +18,15 @@ from origin.store.replication import (
     GroupRow,
     StoreStatistics,
 )
-from origin.store.sqlite import SqliteStore
+from regions.engines import OpenStore
 from regions.node import Node
 from regions.replication_target import TargetStatistics
 from regions.scrubbing import Scrubbing
 
 
-def add_region_metrics(metrics: Metrics, store: SqliteStore, node: Node, scrubbing: Scrubbing) -> Handler:
+def add_region_metrics(metrics: Metrics, opened: OpenStore, node: Node, scrubbing: Scrubbing) -> Handler:
     """Register the gauges of a region; the handler of `GET /metrics`."""
+    store, pool = opened.engine, opened.pool_statistics
     held = StoreStatistics(0, 0, 0, 0)
 
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -41,14 +42,9 @@ def add_region_metrics(metrics: Metrics, store: SqliteStore, node: Node, scrubbi
     metrics.gauge(
         "weft_writer_batches", "Batches committed since start.", callback=lambda: node.writer.statistics().batches
     )
-    metrics.gauge(
-        "weft_reader_pool_in_use", "Reader connections in use.", callback=lambda: store.pool_statistics().in_use
-    )
-    metrics.gauge(
-        "weft_reader_pool_waiting",
-        "Reads that wait for a connection.",
-        callback=lambda: store.pool_statistics().waiting,
-    )
+    if pool is not None:
+        metrics.gauge("weft_reader_pool_in_use", "Reader connections in use.", callback=lambda: pool().in_use)
+        metrics.gauge("weft_reader_pool_waiting", "Reads that wait for a connection.", callback=lambda: pool().waiting)
     metrics.gauge(
         "weft_saved_entries",
         "Entries that a failover cut off and that have yet to come back.",

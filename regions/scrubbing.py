@@ -22,6 +22,7 @@ import msgspec
 
 from infra.clock import Clock
 from origin.store import scrub
+from origin.store.base import StoreError
 from origin.store.scrub import DEFAULT_PACE, Finding, Pace, Slice
 
 FIRST_S_MAX: Final = 3_600.0
@@ -65,6 +66,9 @@ class ScrubLine(msgspec.Struct, frozen=True):
     error: str = ""
 
 
+Scan = Callable[[Pace], AsyncGenerator[Slice, None]]
+"""One pass over a store."""
+
 Mend = Callable[[Sequence[Finding]], Awaitable[Sequence[Finding]]]
 """Puts right what was found, as far as that can be done now; returns what it put right."""
 
@@ -74,11 +78,16 @@ async def leave(_: Sequence[Finding]) -> Sequence[Finding]:
     return ()
 
 
-class Scrubbing:
-    """Scrubs the store in `folder` every `every_s` seconds (0: only when asked). `start` and `close` its life."""
+def scan_of(folder: Path, clock: Clock) -> Scan:
+    """Of the SQLite store in `folder`."""
+    return lambda pace: scrub.scrub(folder, pace=pace, clock=clock)
 
-    def __init__(self, folder: Path, *, every_s: float, clock: Clock, rng: random.Random, mend: Mend = leave) -> None:
-        self._folder = folder
+
+class Scrubbing:
+    """Scrubs a store every `every_s` seconds (0: only when asked). `start` and `close` its life."""
+
+    def __init__(self, scan: Scan, *, every_s: float, clock: Clock, rng: random.Random, mend: Mend = leave) -> None:
+        self._scan = scan
         self._every_s = every_s
         self._clock = clock
         self._rng = rng
@@ -120,7 +129,7 @@ class Scrubbing:
                 async with aclosing(self.scrub(DEFAULT_PACE)) as slices:
                     async for _ in slices:
                         pass
-            except (apsw.Error, OSError) as error:
+            except (apsw.Error, OSError, StoreError) as error:
                 self._last_error = str(error)
                 _logger.error("the store could not be scrubbed: %s", error)
             await self._clock.sleep(self._every_s * self._rng.uniform(0.9, 1.1))
@@ -128,13 +137,13 @@ class Scrubbing:
     async def scrub(self, pace: Pace = WATCHED_PACE) -> AsyncGenerator[Slice]:
         """One pass, slice by slice; close it (`aclosing`) before the store is closed.
 
-        Raises apsw.Error or OSError when the database can't be opened.
+        Raises apsw.Error, OSError or StoreError when the store can't be read.
         """
         self._running += 1
         threads = entries = damaged = 0
         findings: list[str] = []
         try:
-            async with aclosing(scrub.scrub(self._folder, pace=pace, clock=self._clock)) as slices:
+            async with aclosing(self._scan(pace)) as slices:
                 async for piece in slices:
                     threads += piece.threads
                     entries += piece.entries

@@ -21,7 +21,6 @@ from origin.store.table_aws import AwsTable
 from origin.store.table_memory import MemoryTable
 from origin.writer import BatchedWriter
 from tests.support.awsplace import AwsPlace
-from tests.support.awstable import make_table
 from tests.support.builders import REGIONS
 from tests.support.fakeclock import FakeClock
 
@@ -55,7 +54,7 @@ async def open_engine(request: pytest.FixtureRequest, tmp_path: Path, clock: Fak
             engine = await DynamoStore.open(MemoryTable(), bodies, region=region, members=REGIONS, clock=clock)
         elif request.param == "moto":
             place = AwsPlace(request.getfixturevalue("place").url, AWS_REGIONS[REGIONS.index(region)])
-            make_table(place)
+            place.make_table()
             place.make_bucket()
             session = await aws.enter_async_context(Aws(place.options))
             table, bodies = AwsTable(session, place.table), ObjectBodies(S3Objects(session, place.bucket))

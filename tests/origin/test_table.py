@@ -34,7 +34,7 @@ from origin.store.table import (
 from origin.store.table_memory import Fault, MemoryTable, NoFaults, TableData
 from tests.support.awsfaults import AwsFaults
 from tests.support.awsplace import AwsPlace, use_test_credentials
-from tests.support.awstable import make_table, open_table
+from tests.support.awstable import open_table
 
 AWS = [pytest.param("moto", marks=pytest.mark.aws), pytest.param("dynalite", marks=pytest.mark.aws)]
 every = pytest.mark.parametrize("table", ["memory", *AWS], indirect=True)
@@ -56,7 +56,7 @@ async def table(request: pytest.FixtureRequest, places: dict[str, AwsPlace], mon
         return
     if request.param not in places:
         place = AwsPlace(request.getfixturevalue(f"{request.param}_url"))
-        make_table(place)
+        place.make_table(backups=False)
         places[request.param] = place
     async with open_table(places[request.param]) as opened:
         yield opened
@@ -322,7 +322,7 @@ async def test_a_batch_that_is_cut_short_is_carried_out_to_its_end() -> None:
 
 @pytest.mark.aws
 async def test_faults_on_the_way_to_dynamodb_are_told_apart(place: AwsPlace, harmed: AwsFaults, pk: str) -> None:
-    make_table(place)
+    place.make_table()
     put = [Put(item(pk, "a", ver=1), "absent"), Put(item(pk, "b"))]
     async with open_table(place.through(harmed.url), place.table) as table:
         for harm, error, there in [
@@ -354,7 +354,7 @@ async def test_faults_on_the_way_to_dynamodb_are_told_apart(place: AwsPlace, har
 @pytest.mark.aws
 async def test_the_table_in_memory_does_what_moto_does_whatever_is_asked_of_it(place: AwsPlace) -> None:
     """Random writes and transactions on a few items: the same answers, and the same items after each."""
-    make_table(place)
+    place.make_table()
     rng, memory = random.Random(7), MemoryTable()
     async with open_table(place) as moto:
         told: Counter[str] = Counter()

@@ -15,7 +15,7 @@ from infra.clock import SYSTEM_CLOCK
 from origin.store.base import ThreadDamaged
 from origin.store.sqlite import DATABASE
 from regions.healing import Mender
-from regions.scrubbing import Scrubbing, ScrubStatistics
+from regions.scrubbing import Scrubbing, ScrubStatistics, scan_of
 from tests.support.builders import ANN, append, create, message, messages
 from tests.support.cluster import REGIONS, Cluster, Region, eventually
 
@@ -46,7 +46,9 @@ def damage(region: Region, *statements: str) -> None:
 
 async def scrub(region: Region) -> ScrubStatistics:
     mender = Mender(region.folder, region.writer.submit, region.node.healing)
-    scrubbing = Scrubbing(region.folder, every_s=0, clock=SYSTEM_CLOCK, rng=random.Random(1), mend=mender.mend)
+    scrubbing = Scrubbing(
+        scan_of(region.folder, SYSTEM_CLOCK), every_s=0, clock=SYSTEM_CLOCK, rng=random.Random(1), mend=mender.mend
+    )
     async with aclosing(scrubbing.scrub()) as slices:
         async for _ in slices:
             pass

@@ -21,7 +21,7 @@ from infra.server import Lifecycle
 from origin.ids import IdMint
 from origin.store.sqlite import DATABASE, SqliteStore
 from regions.app import open_region, region_app
-from regions.scrubbing import Scrubbing, ScrubLine
+from regions.scrubbing import Scrubbing, ScrubLine, scan_of
 from tests.support.builders import ANN, REGIONS, create, messages
 from tests.support.cluster import eventually
 
@@ -58,7 +58,7 @@ def told(caplog: pytest.LogCaptureFixture) -> int:
 
 
 async def test_damage_is_counted_at_each_pass_and_logged_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    scrubbing = Scrubbing(folder, every_s=0.01, clock=SYSTEM_CLOCK, rng=random.Random(1))
+    scrubbing = Scrubbing(scan_of(folder, SYSTEM_CLOCK), every_s=0.01, clock=SYSTEM_CLOCK, rng=random.Random(1))
     caplog.set_level(logging.ERROR)
     await scrubbing.start()
 
@@ -78,7 +78,7 @@ async def test_damage_is_counted_at_each_pass_and_logged_once(folder: Path, capl
 
 
 async def test_no_interval_means_only_when_asked(folder: Path) -> None:
-    scrubbing = Scrubbing(folder, every_s=0.0, clock=SYSTEM_CLOCK, rng=random.Random(1))
+    scrubbing = Scrubbing(scan_of(folder, SYSTEM_CLOCK), every_s=0.0, clock=SYSTEM_CLOCK, rng=random.Random(1))
     await scrubbing.start()
     async with aclosing(scrubbing.scrub()) as slices:
         assert sum([piece.entries async for piece in slices]) == 6
@@ -87,7 +87,9 @@ async def test_no_interval_means_only_when_asked(folder: Path) -> None:
 
 
 async def test_a_store_that_can_not_be_opened_is_told_and_tried_again(tmp_path: Path) -> None:
-    scrubbing = Scrubbing(tmp_path / "gone", every_s=0.01, clock=SYSTEM_CLOCK, rng=random.Random(1))
+    scrubbing = Scrubbing(
+        scan_of(tmp_path / "gone", SYSTEM_CLOCK), every_s=0.01, clock=SYSTEM_CLOCK, rng=random.Random(1)
+    )
     await scrubbing.start()
 
     async def failed() -> bool:

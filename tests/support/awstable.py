@@ -1,4 +1,4 @@
-"""The table of a region, made as Terraform makes it, at an emulator of DynamoDB."""
+"""A region's table at an emulator of DynamoDB, opened for a test."""
 
 from __future__ import annotations
 
@@ -8,24 +8,6 @@ from contextlib import asynccontextmanager
 from infra.aws import Aws
 from origin.store.table_aws import AwsTable
 from tests.support.awsplace import AwsPlace
-
-
-def make_table(place: AwsPlace, name: str | None = None) -> str:
-    client = place.client("dynamodb")
-    try:
-        client.create_table(
-            TableName=name or place.table,
-            KeySchema=[{"AttributeName": "pk", "KeyType": "HASH"}, {"AttributeName": "sk", "KeyType": "RANGE"}],
-            AttributeDefinitions=[
-                {"AttributeName": "pk", "AttributeType": "S"},
-                {"AttributeName": "sk", "AttributeType": "S"},
-            ],
-            BillingMode="PAY_PER_REQUEST",
-        )
-        client.get_waiter("table_exists").wait(TableName=name or place.table, WaiterConfig={"Delay": 1})
-    finally:
-        client.close()
-    return name or place.table
 
 
 @asynccontextmanager
