@@ -6,6 +6,7 @@ from typing import Final
 
 from tests.bench import (
     assets,
+    aws_calls,
     catch_up,
     digest_exchange,
     edge_hit,
@@ -41,4 +42,5 @@ CASES: Final[tuple[Case, ...]] = (
     edge_pass.PUBLIC_HIT,
     edge_pass.MISS,
     *assets.CASES,
+    aws_calls.CASE,
 )
