@@ -75,6 +75,23 @@ class Threads(msgspec.Struct):
     has_more: bool
 
 
+class OtherRegion(msgspec.Struct, frozen=True):
+    """Another region, as the one that answers sees it: of how many threads it has yet to confirm the newest, and how
+    many seconds the first of them has waited."""
+
+    name: str
+    reachable: bool
+    behind_threads: int
+    behind_s: float
+
+
+class Regions(msgspec.Struct):
+    """The region that answers, and the others."""
+
+    region: str
+    others: list[OtherRegion]
+
+
 class Appended(msgspec.Struct):
     """The messages as they are stored (with `Prefer: return=minimal` only their `id` and `seq`)."""
 

@@ -8,7 +8,7 @@ else. What a handler does is in `origin.handlers`, problems are in `origin.probl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Final, Literal
 
@@ -20,7 +20,7 @@ from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IDENTITY_HEADER, IdentityError, IdentityVerifier, Principal
 from infra.problem import CONTENT_TYPE as PROBLEM_TYPE
 from infra.server import Lifecycle
-from origin.answers import PAGE_MESSAGES_MAX, Appended, Cursor, Summary, Thread, Threads
+from origin.answers import PAGE_MESSAGES_MAX, Appended, Cursor, OtherRegion, Regions, Summary, Thread, Threads
 from origin.conditions import IDEMPOTENCY_KEY_CHARS_MAX, Consistency
 from origin.events import EventStreams
 from origin.feed import Feed
@@ -230,6 +230,11 @@ ROUTES: Final[tuple[Route[ThreadHandler], ...]] = (
         stream=True,
     ),
     Route(
+        "GET", "/api/regions", ThreadHandlers.list_regions, "list_regions",
+        "The regions, and how far the others are behind this one.",
+        answers=(Answer(200, "As this one sees them.", Regions, headers=("X-Served-Region",)), *_problems(401)),
+    ),
+    Route(
         "GET", "/t/{id}", ThreadHandlers.thread_page, "thread_page",
         "A public thread as a page.",
         params=(ID, Param("after", "query", Cursor, "Messages behind this place.", example="1.7"), IF_NONE_MATCH),
@@ -289,6 +294,7 @@ def add_thread_api(
     mint: IdMint,
     region: str,
     holder_of: Callable[[Row], str],
+    others: Callable[[], Awaitable[Sequence[OtherRegion]]],
     lifecycle: Lifecycle,
     clock: Clock = SYSTEM_CLOCK,
     body_bytes_max: int = BODY_BYTES_MAX,
@@ -304,6 +310,7 @@ def add_thread_api(
         mint=mint,
         region=region,
         holder_of=holder_of,
+        others=others,
         incarnation=lambda: feed.incarnation,
         clock=clock,
         openapi=described,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
+import msgspec
 from aiohttp import web
 
 from infra.clock import Clock, rfc3339
@@ -21,6 +22,8 @@ from infra.trace import current_trace
 from origin import conditions, page
 from origin.answers import (
     PAGE_MESSAGES_MAX,
+    OtherRegion,
+    Regions,
     appended_json,
     created_page,
     strong_tag,
@@ -80,6 +83,7 @@ class ThreadHandlers:
         mint: IdMint,
         region: str,
         holder_of: Callable[[Row], str],
+        others: Callable[[], Awaitable[Sequence[OtherRegion]]],
         incarnation: Callable[[], str],
         clock: Clock,
         openapi: bytes,
@@ -92,6 +96,7 @@ class ThreadHandlers:
         self._mint = mint
         self._region = region
         self._holder_of = holder_of
+        self._others = others
         self._incarnation = incarnation
         self._clock = clock
         self._openapi = openapi
@@ -104,6 +109,11 @@ class ThreadHandlers:
 
     async def list_threads(self, request: web.Request, actor: Principal) -> web.Response:
         return await self._listing(request, actor, None)
+
+    async def list_regions(self, request: web.Request, actor: Principal) -> web.Response:
+        seen = Regions(self._region, list(await self._others()))
+        headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Served-Region": self._region}
+        return web.Response(body=msgspec.json.encode(seen), headers=headers)
 
     async def search_threads(self, request: web.Request, actor: Principal) -> web.Response:
         text = conditions.parameter(request, "q")

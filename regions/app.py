@@ -33,6 +33,7 @@ from regions.metrics import add_region_metrics
 from regions.node import Node, NodeLimits, open_node
 from regions.notice_orders import NoticeLives
 from regions.notices import NoticeLimits
+from regions.overview import Overview
 from regions.peer_api import PeerApi
 from regions.peer_client import HttpPeers
 from regions.replication_target import ReplicationLimits
@@ -172,6 +173,7 @@ def region_app(
         mint=IdMint(region.node.topology.region, clock=clock),
         region=region.node.topology.region,
         holder_of=holder_of,
+        others=Overview(region.node, clock).others,
         lifecycle=lifecycle,
         clock=clock,
         body_bytes_max=settings.server.body_bytes_max,

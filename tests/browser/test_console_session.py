@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.browser.conftest import PHONE, Console, said
@@ -137,6 +139,15 @@ async def test_the_region_says_how_it_is(console: Console):
         await console.enter(page, ada)
         await page.wait("document.querySelector('.pill .dot.ok')", what="ready")
         await page.wait("document.querySelector('.pill').textContent === 'us-east'", what="an answer said which region")
+        # The cluster of these tests is one region: what it would say of others is said for it.
+        others = [
+            {"name": "eu-west", "reachable": True, "behind_threads": 0, "behind_s": 0.0},
+            {"name": "ap-south", "reachable": False, "behind_threads": 3, "behind_s": 4.2},
+        ]
+        answer = json.dumps({"region": "us-east", "others": others})
+        await page.fulfil("*/api/regions", answer, "application/json")
         await page.click(".pill")
         await page.wait("document.querySelector('.panel:popover-open')")
         await page.wait("document.querySelector('.panel').textContent.includes('Lag')")
+        await page.wait("document.querySelector('.panel').textContent.includes('eu-westhas everything')")
+        await page.wait("document.querySelector('.panel').textContent.includes('out of reach, 3 threads behind')")

@@ -29,7 +29,7 @@ from tests.support.processes import RunningCluster
 LIMIT = 16 * 1024 * 1024
 PROTECTED = (
     ("GET", "/api/auth/verify"), ("GET", "/api/threads"), ("GET", "/api/threads/list"), ("GET", "/api/threads/search?q=x"),
-    ("POST", "/api/threads"), ("GET", f"/api/threads/{uuid.uuid4()}"), ("PUT", f"/api/threads/{uuid.uuid4()}"),
+    ("GET", "/api/regions"), ("POST", "/api/threads"), ("GET", f"/api/threads/{uuid.uuid4()}"), ("PUT", f"/api/threads/{uuid.uuid4()}"),
     ("PATCH", f"/api/threads/{uuid.uuid4()}"), ("DELETE", f"/api/threads/{uuid.uuid4()}"),
     ("POST", f"/api/threads/{uuid.uuid4()}/messages"), ("GET", f"/api/threads/{uuid.uuid4()}/events"),
     ("GET", "/api/threads/events"), ("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/api/nothing"),
@@ -620,3 +620,17 @@ def test_nothing_a_client_did_here_left_more_than_a_line_in_the_logs(cluster: Ru
             assert record["level"] in ("info", "warning"), record
             assert "Traceback" not in json.dumps(record)
             assert "eyJ" not in json.dumps(record), "a token"
+
+
+async def test_every_edge_says_how_the_regions_fare_to_who_is_signed_in(outside: Outside) -> None:
+    ada = outside.user()
+    for region in REGIONS:
+        answer = (await ada("GET", "/api/regions", region=region)).expect(200)
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert answer.json["region"] == region
+        assert {other["name"] for other in answer.json["others"]} == set(REGIONS) - {region}
+        for other in answer.json["others"]:
+            assert (other["reachable"], other.keys()) == (
+                True,
+                {"name", "reachable", "behind_threads", "behind_s"},
+            )

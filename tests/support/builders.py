@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from infra.identity import Principal
+from origin.answers import OtherRegion
 from origin.store.base import (
     Draft,
     Durability,
@@ -202,3 +203,8 @@ async def copy_threads(source: ReplicaLog, replica: ReplicaLog, *thread_ids: str
 def bodies(pairs: Sequence[tuple[int, bytes]]) -> list[Any]:
     """The decoded bodies of a page's messages."""
     return [json.loads(body) for _, body in pairs]
+
+
+async def alone() -> Sequence[OtherRegion]:
+    """The other regions of one that has none."""
+    return ()

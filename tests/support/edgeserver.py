@@ -29,6 +29,7 @@ from origin.feed import Feed
 from origin.ids import IdMint
 from origin.problems import translate
 from origin.store.memory import MemoryStore
+from tests.support.builders import alone
 
 REGION = "us-east"
 ISSUER = "https://login.test"
@@ -105,6 +106,7 @@ class EdgeServer:
             mint=IdMint(REGION),
             region=REGION,
             holder_of=lambda row: row.group,
+            others=alone,
             lifecycle=lifecycle,
         )
         runner = web.AppRunner(app, shutdown_timeout=1.0)

@@ -38,7 +38,7 @@ from origin.store.base import (
 from origin.store.replication import Operation as StoreOperation
 from origin.store.replication import ReplicaLog
 from origin.thread import Row
-from tests.support.builders import ANN
+from tests.support.builders import ANN, alone
 from tests.support.fakeclock import FakeClock
 
 REGION = "us-east"
@@ -243,6 +243,7 @@ async def serving(engine: Engine, clock: FakeClock) -> AsyncIterator[Api]:
         mint=IdMint(REGION, clock=clock, rng=random.Random(11)),
         region=REGION,
         holder_of=holder_of,
+        others=alone,
         lifecycle=lifecycle,
         clock=clock,
     )

@@ -1,9 +1,10 @@
-// How this edge and its region are, from what every edge tells without a token: /readyz and /metrics.
+// How this edge and its region are, from what every edge tells without a token (/readyz and /metrics), and how far the
+// other regions are behind, which it tells who is signed in (/api/regions).
 
-import { get } from "./api.js";
-import { curl } from "./api.js";
+import { curl, get, getJson } from "./api.js";
 import { button, copy, h } from "./dom.js";
 import { seconds } from "./format.js";
+import { session } from "./session.js";
 
 const EVERY_MS = 15_000;
 const LATE_S = 5;
@@ -44,8 +45,8 @@ export class Status {
       const response = await fetch("/readyz", { credentials: "omit", cache: "no-store" });
       const ready = await response.json();
       const took = performance.now() - began;
-      const found = await readMetrics();
-      this.show({ level: ready.ready ? "ok" : "trouble", checks: ready.checks ?? {}, took, ...found });
+      const [found, others] = await Promise.all([readMetrics(), readOthers()]);
+      this.show({ level: ready.ready ? "ok" : "trouble", checks: ready.checks ?? {}, took, others, ...found });
     } catch {
       this.show({ level: "unreachable" });
     }
@@ -65,11 +66,26 @@ export class Status {
     if (seen.silent !== undefined) rows.push(["Lag behind the region", seen.live ? `at most ${seconds(seen.silent)}` : "unknown"]);
     if (seen.position !== undefined) rows.push(["Changes applied", String(seen.position)]);
     if (seen.stale !== undefined) rows.push(["Revocations known as of", seen.stale < CLOCK_PAUSE_S ? `${seconds(seen.stale)} ago` : "long ago"]);
+    for (const other of seen.others ?? []) rows.push([other.name, standing(other)]);
     if (seen.took !== undefined) rows.push(["Round trip from here", seconds(seen.took / 1000)]);
     this.panel.replaceChildren(
       h("h2", {}, this.region ?? "This edge"),
       h("dl", {}, rows.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
       button("terminal", "Copy as curl", (event) => copy(curl("/readyz"), "Command", event.currentTarget)));
+  }
+}
+
+function standing({ reachable, behind_threads: threads, behind_s: behind }) {
+  const lag = threads ? `${threads} thread${threads === 1 ? "" : "s"} behind, for ${seconds(behind)}` : "has everything";
+  return reachable ? lag : `out of reach, ${lag}`;
+}
+
+async function readOthers() {
+  if (!session.token) return [];
+  try {
+    return (await getJson("/api/regions")).others ?? [];
+  } catch {
+    return []; // the pill says what is wrong with the edge; a refused token ends the session as anywhere
   }
 }
 
