@@ -6,6 +6,7 @@ build.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from edge.assets.encode import CODINGS, EncodingError
 from edge.assets.graph import Issue, Severity
 from edge.assets.link import CollisionError
 from edge.assets.manifest import ManifestError
+from infra.aws import Aws, AwsFault, AwsOptions
 from infra.cli import EXIT_FAILED, console, fail, print_json
 from infra.tables import print_table, safe
 
@@ -91,6 +93,40 @@ def build_command(
     else:
         _show(result, files=files)
     return 0
+
+
+@assets_command.command("publish")
+@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--bucket", required=True, help="The bucket, which is there already.")
+@click.option("--prefix", default="", help="What the names of objects begin with, such as cdn/.")
+@click.option("--aws-region", default="", help="The bucket's AWS region.  [default: AWS's own settings]")
+@click.option("--endpoint-url", default="", help="Another address than AWS's own.")
+@click.option("--json", "as_json", is_flag=True, help="What was sent as JSON.")
+def publish_command(out: Path, bucket: str, prefix: str, aws_region: str, endpoint_url: str, as_json: bool) -> None:
+    """Bring what was built in the folder OUT to an S3 bucket: only what is missing, the manifest last.
+
+    Credentials come from where AWS's tools take them. Nothing in the bucket is taken away.
+
+    Example: weft assets publish dist --bucket example-cdn --prefix cdn/
+    """
+    # Imported here: building needs nothing of AWS.
+    from edge.assets.publish import Published, PublishError, publish
+
+    async def send() -> Published:
+        async with Aws(AwsOptions(aws_region, endpoint_url)) as aws:
+            return await publish(aws, out, bucket, prefix)
+
+    try:
+        published = asyncio.run(send())
+    except* (PublishError, ManifestError, AwsFault) as group:
+        error = group.exceptions[0]
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        fail(str(error))
+    if as_json:
+        print_json({"sent": published.sent, "there": published.there})
+    else:
+        click.echo(f"{len(published.sent):,} objects sent, {published.there:,} were there")
 
 
 def _show(result: Result, *, files: bool) -> None:

@@ -263,6 +263,16 @@ def test_a_cache_that_was_damaged_is_not_believed(workshop):
     assert workshop.tree() == expected
 
 
+def test_a_text_that_was_damaged_in_the_cache_is_not_built_upon(workshop):
+    """Nothing else would see it: its hash is that of what is made of it now."""
+    workshop.build({"a.js": f"import './b.js';  x();  // {TEXT}\n", "b.js": ""})
+    for path in (workshop.cache / "blobs").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes().replace(b"x();", b"y();"))
+    with pytest.raises(BuildError, match="build again"):
+        workshop.build({"b.js": "export {}"})
+
+
 def test_the_output_depends_on_nothing_else(tmp_path, workshops):
     """Another path, another number of workers, another hash seed, no cache, files made in another order."""
     expected = None
