@@ -1,4 +1,4 @@
-"""The region server, put together: a node over SQLite and HTTP, the thread API and the peer API in front of it.
+"""The region server, put together: a node over an engine and HTTP, the thread API and the peer API in front of it.
 
 Reads the settings into the parts' limits; what the parts are and how they start and stop is `regions.node`'s.
 """
@@ -6,7 +6,7 @@ Reads the settings into the parts' limits; what the parts are and how they start
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
@@ -16,6 +16,7 @@ from aiohttp import web
 from infra.clock import SYSTEM_CLOCK, Clock
 from infra.identity import IdentitySigner, IdentityVerifier, load_peer_key
 from infra.metrics import Metrics
+from infra.pool import PoolStatistics
 from infra.problem import problem_middleware
 from infra.server import Lifecycle, add_health_routes, cut_quietly
 from infra.settings import LEASE_HEARTBEATS, Settings
@@ -23,9 +24,11 @@ from infra.trace import trace_middleware
 from origin.api import add_thread_api
 from origin.ids import IdMint
 from origin.problems import translate
-from origin.store.sqlite import SqliteStore
 from origin.thread import Row
+from origin.writer import Engine
+from regions.collecting import Collecting
 from regions.coordinator import CoordinatorLimits
+from regions.engines import open_engine
 from regions.failover import FailoverLimits
 from regions.healing import Mender
 from regions.metrics import add_region_metrics
@@ -35,7 +38,7 @@ from regions.notices import NoticeLimits
 from regions.peer_api import PeerApi
 from regions.peer_client import HttpPeers
 from regions.replication_target import ReplicationLimits
-from regions.scrubbing import Scrubbing
+from regions.scrubbing import Scrubbing, Scrubs, Unscrubbed
 from regions.topology import Topology
 
 MEETING_S: Final = 2.0
@@ -45,11 +48,12 @@ MEETING_S: Final = 2.0
 class Region(msgspec.Struct):
     """The running parts of a region server, for those who compose or test it."""
 
-    store: SqliteStore
+    store: Engine
     node: Node
     peers: HttpPeers
     peer_api: PeerApi
-    scrubbing: Scrubbing
+    scrubbing: Scrubs
+    pool_statistics: Callable[[], PoolStatistics] | None
     verifier: IdentityVerifier
 
 
@@ -64,16 +68,8 @@ async def open_region(
     signer = IdentitySigner(key, f"region:{topology.region}", clock)
     verifier = IdentityVerifier(key.public_key(), f"region:{topology.region}", clock)
     async with AsyncExitStack() as stack:
-        store = await SqliteStore.open(
-            settings.store.path,
-            region=topology.region,
-            members=topology.members,
-            readers=settings.store.readers,
-            body_file_bytes=settings.store.body_file_bytes,
-            clock=clock,
-            rng=random_source,
-        )
-        stack.push_async_callback(store.close)
+        opened = await stack.enter_async_context(open_engine(settings, topology, clock=clock, rng=random_source))
+        store = opened.engine
         peers = HttpPeers(topology, signer, verifier)
         stack.push_async_callback(peers.close)
         node = await stack.enter_async_context(
@@ -84,25 +80,38 @@ async def open_region(
                 clock=clock,
                 rng=random_source,
                 limits=node_limits(settings),
+                queues=opened.queues,
+                leases=opened.leases,
             )
         )
-        mender = Mender(settings.store.path, node.writer.submit, node.healing)
-        scrubbing = Scrubbing(
-            settings.store.path,
-            every_s=settings.store.scrub_every_s,
-            clock=clock,
-            rng=random_source,
-            mend=mender.mend,
-        )
-        await scrubbing.start()
-        stack.push_async_callback(scrubbing.close)
+        scrubbing: Scrubs = Unscrubbed()
+        if opened.folder is not None:
+            scrubbing = scrubber = Scrubbing(
+                opened.folder,
+                every_s=settings.store.scrub_every_s,
+                clock=clock,
+                rng=random_source,
+                mend=Mender(opened.folder, node.writer.submit, node.healing).mend,
+            )
+            await scrubber.start()
+            stack.push_async_callback(scrubber.close)
+        if opened.collect is not None:
+            collecting = Collecting(
+                opened.collect,
+                every_s=settings.store.collect_every_s,
+                lease=node.housekeeping,
+                clock=clock,
+                rng=random_source,
+            )
+            await collecting.start()
+            stack.push_async_callback(collecting.close)
         peer_api = PeerApi(
             node,
             signer=signer,
             verifier=verifier,
             lifecycle=lifecycle,
             scrubbing=scrubbing,
-            pool_statistics=store.pool_statistics,
+            pool_statistics=opened.pool_statistics,
             lives=NoticeLives(settings.auth.token_life_max_s, settings.sync.purge_life_s),
         )
 
@@ -118,7 +127,7 @@ async def open_region(
             return f"meets the other regions: {', '.join(sorted(missing))}" if meets else None
 
         lifecycle.add_check("joined", joined)
-        yield Region(store, node, peers, peer_api, scrubbing, verifier)
+        yield Region(store, node, peers, peer_api, scrubbing, opened.pool_statistics, verifier)
 
 
 def node_limits(settings: Settings) -> NodeLimits:
@@ -161,7 +170,7 @@ def region_app(
         client_max_size=settings.server.body_bytes_max,
     )
     add_health_routes(app, lifecycle)
-    app.router.add_get("/metrics", add_region_metrics(metrics, region.store, region.node, region.scrubbing))
+    app.router.add_get("/metrics", add_region_metrics(metrics, region.node, region.scrubbing, region.pool_statistics))
     region.peer_api.add_routes(app)
 
     def holder_of(row: Row) -> str:

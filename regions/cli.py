@@ -13,6 +13,8 @@ from infra.cli import fail
 from infra.identity import IdentityKeyError
 from infra.server import AddressError, Lifecycle
 from infra.settings import Settings, host_port
+from origin.store.base import StoreError
+from origin.store.dynamodb import WrongTable
 from origin.store.sqlite import SchemaTooNew, StoreLocked, WrongRegion
 from regions import on_aws
 from regions.app import open_region, region_app
@@ -36,13 +38,12 @@ def region_command(config: Path) -> None:
     Example: weft region --config us-east.toml
     """
     loaded = settings.load(config, os.environ, required=("region",))
-    if loaded.store.engine != "sqlite":
-        fail(f"{config}: store.engine {loaded.store.engine!r} is not available in this version; allowed: sqlite")
     logs.configure(loaded.log.level, region=loaded.region, component="region")
     try:
         status = server.run(_serve(loaded))
     except (
-        AddressError, AwsNotReady, IdentityKeyError, SchemaTooNew, StoreLocked, TopologyError, WrongRegion, OSError
+        AddressError, AwsNotReady, IdentityKeyError, SchemaTooNew, StoreError, StoreLocked, TopologyError,
+        WrongRegion, WrongTable, OSError,
     ) as error:  # fmt: skip
         fail(str(error))
     raise SystemExit(status)

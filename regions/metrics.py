@@ -13,24 +13,26 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from infra.metrics import Metrics
+from infra.pool import PoolStatistics
 from origin.store import replication
 from origin.store.replication import (
     GroupRow,
     StoreStatistics,
 )
-from origin.store.sqlite import SqliteStore
 from regions.node import Node
 from regions.replication_target import TargetStatistics
-from regions.scrubbing import Scrubbing
+from regions.scrubbing import Scrubs
 
 
-def add_region_metrics(metrics: Metrics, store: SqliteStore, node: Node, scrubbing: Scrubbing) -> Handler:
+def add_region_metrics(
+    metrics: Metrics, node: Node, scrubbing: Scrubs, pool_statistics: Callable[[], PoolStatistics] | None
+) -> Handler:
     """Register the gauges of a region; the handler of `GET /metrics`."""
     held = StoreStatistics(0, 0, 0, 0)
 
     async def handler(request: web.Request) -> web.StreamResponse:
         nonlocal held
-        held = await store.statistics()
+        held = await node.engine.statistics()
         return await metrics.metrics_handler(request)
 
     _add_peers(metrics, node)
@@ -41,14 +43,8 @@ def add_region_metrics(metrics: Metrics, store: SqliteStore, node: Node, scrubbi
     metrics.gauge(
         "weft_writer_batches", "Batches committed since start.", callback=lambda: node.writer.statistics().batches
     )
-    metrics.gauge(
-        "weft_reader_pool_in_use", "Reader connections in use.", callback=lambda: store.pool_statistics().in_use
-    )
-    metrics.gauge(
-        "weft_reader_pool_waiting",
-        "Reads that wait for a connection.",
-        callback=lambda: store.pool_statistics().waiting,
-    )
+    if pool_statistics is not None:
+        _add_pool(metrics, pool_statistics)
     metrics.gauge(
         "weft_saved_entries",
         "Entries that a failover cut off and that have yet to come back.",
@@ -70,6 +66,13 @@ def add_region_metrics(metrics: Metrics, store: SqliteStore, node: Node, scrubbi
         callback=lambda: scrubbing.statistics().damaged,
     )
     return handler
+
+
+def _add_pool(metrics: Metrics, statistics: Callable[[], PoolStatistics]) -> None:
+    metrics.gauge("weft_reader_pool_in_use", "Reader connections in use.", callback=lambda: statistics().in_use)
+    metrics.gauge(
+        "weft_reader_pool_waiting", "Reads that wait for a connection.", callback=lambda: statistics().waiting
+    )
 
 
 def _add_peers(metrics: Metrics, node: Node) -> None:

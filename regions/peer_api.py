@@ -45,7 +45,7 @@ from regions.peer_client import PeerRefused, PeerUnreachable
 from regions.peer_service import Handler
 from regions.peer_wire import CONTENT_TYPE, DIGEST_HEADER, Envelope, content_digest, to_fault
 from regions.replicator import statistics_json
-from regions.scrubbing import Scrubbing, ScrubLine
+from regions.scrubbing import ScrubLine, Scrubs
 from regions.topology import TopologyError
 
 OPERATOR_BYTES_MAX: Final = 65_536
@@ -96,7 +96,7 @@ class PeerApi:
         signer: IdentitySigner,
         verifier: IdentityVerifier,
         lifecycle: Lifecycle,
-        scrubbing: Scrubbing,
+        scrubbing: Scrubs,
         pool_statistics: Callable[[], PoolStatistics] | None = None,
         lives: NoticeLives | None = None,
     ) -> None:

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import apsw
 import msgspec
@@ -72,6 +72,25 @@ Mend = Callable[[Sequence[Finding]], Awaitable[Sequence[Finding]]]
 async def leave(_: Sequence[Finding]) -> Sequence[Finding]:
     """Mends nothing: damage is only told."""
     return ()
+
+
+class Scrubs(Protocol):
+    """What is asked of scrubbing from outside."""
+
+    def statistics(self) -> ScrubStatistics: ...
+
+    def scrub(self) -> AsyncGenerator[Slice]: ...
+
+
+class Unscrubbed:
+    """For an engine whose bytes are kept by somebody else, who checks them."""
+
+    def statistics(self) -> ScrubStatistics:
+        return ScrubStatistics(0, False, 0, 0, 0, (), None, None)
+
+    async def scrub(self) -> AsyncGenerator[Slice]:
+        raise OSError("nothing is scrubbed here: AWS keeps and checks the bytes")
+        yield
 
 
 class Scrubbing:
