@@ -142,9 +142,9 @@ async def test_a_holder_counts_from_before_it_asked_and_others_from_after_they_s
     looks = [asyncio.create_task(other.step())]
     await clock.advance(5.9)
     assert one.held and asked.done()
-    await clock.advance(0.2)
+    await clock.advance(0.4)
     assert not one.held
-    looks.append(asyncio.create_task(other.step()))  # seen since 8.0, and told at 14.1
+    looks.append(asyncio.create_task(other.step()))  # seen since 8.0, and told at 14.3
     await clock.advance(4.0 + 4.0)
     assert not other.held
     looks.append(asyncio.create_task(other.step()))
