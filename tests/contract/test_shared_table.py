@@ -439,7 +439,8 @@ async def test_what_a_crash_left_of_a_long_write_is_written_over(region: Region)
     await check_logs(two, T)
 
 
-async def test_a_long_write_that_is_overtaken_overwrites_nothing(region: Region) -> None:
+@pytest.mark.parametrize("parts", [0, 1])
+async def test_a_long_write_that_is_overtaken_overwrites_nothing(region: Region, parts: int) -> None:
     """Written ahead without looking, its entries would land on those that another server has just committed."""
     hooks = Hooks()
     one, two = await region.server(hooks), await region.server()
@@ -449,7 +450,7 @@ async def test_a_long_write_that_is_overtaken_overwrites_nothing(region: Region)
         return None
 
     hooks.before = [
-        ("TransactWriteItems", nothing),
+        *[("TransactWriteItems", nothing)] * parts,
         ("TransactWriteItems", lambda: commit_one(two, append(T, message("m7"), message("x")))),
     ]
     answer = written(await commit_one(one, append(T, *messages(200))))
