@@ -184,6 +184,8 @@ class StoreSettings(Struct, frozen=True):
     """Empty: from where AWS's own tools take it."""
     endpoint_url: OptionalUrl = ""
     """Another address than AWS's own."""
+    collect_every_s: Interval = 86_400.0
+    """How often bodies that nothing names any more are taken out of the bucket; 0: never."""
     kms_key: str = ""
     """What objects are encrypted with; empty: as the bucket says."""
     aws_connect_s: Seconds = 2.0

@@ -25,6 +25,7 @@ from origin.ids import IdMint
 from origin.problems import translate
 from origin.thread import Row
 from origin.writer import Engine
+from regions.collecting import Collecting
 from regions.coordinator import CoordinatorLimits
 from regions.engines import OpenStore, open_store
 from regions.failover import FailoverLimits
@@ -82,8 +83,19 @@ async def open_region(
                 rng=random_source,
                 limits=node_limits(settings),
                 queues=opened.queues,
+                leases=opened.leases,
             )
         )
+        if opened.collect is not None:
+            collecting = Collecting(
+                opened.collect,
+                every_s=settings.store.collect_every_s,
+                lease=node.housekeeping,
+                clock=clock,
+                rng=random_source,
+            )
+            await collecting.start()
+            stack.push_async_callback(collecting.close)
         scrubbing = Scrubbing(
             opened.scan,
             every_s=opened.scrub_every_s,

@@ -7,7 +7,7 @@ lies in this file. Left to others: whether AWS can be used at all (`regions.on_a
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from infra.pool import PoolStatistics
 from infra.settings import Settings
 from origin.store import dynamodb_scrub
 from origin.store.dynamodb import DynamoStore
-from origin.store.object_bodies import ObjectBodies
+from origin.store.named_bodies import named_bodies
+from origin.store.object_bodies import Collected, ObjectBodies
 from origin.store.sqlite import SqliteStore
 from origin.store.table_aws import AwsTable
 from origin.writer import Engine
-from regions.node import Queues
-from regions.on_aws import queues_of
+from regions.node import Leases, Queues
+from regions.on_aws import leases_of, queues_of
 from regions.scrubbing import Scan, scan_of
 from regions.topology import Topology
 
@@ -40,6 +41,10 @@ class OpenStore(msgspec.Struct, frozen=True):
     """Of a store on a disk of its own, whose damage can be mended."""
     queues: Queues | None = None
     """The work for other regions, when several servers share it."""
+    leases: Leases | None = None
+    """For what one of several servers is enough for."""
+    collect: Callable[[], Awaitable[Collected]] | None = None
+    """Takes away bodies that nothing names any more, where that is not left to a folder's owner."""
     pool_statistics: Callable[[], PoolStatistics] | None = None
 
 
@@ -82,9 +87,11 @@ async def _open_dynamodb(
     settings: Settings, topology: Topology, stack: AsyncExitStack, clock: Clock, rng: random.Random
 ) -> OpenStore:
     aws = await stack.enter_async_context(Aws(AwsOptions.of(settings.store), clock=clock, rng=rng))
+    table = AwsTable(aws, settings.store.table, clock=clock, rng=rng)
+    bodies = ObjectBodies(S3Objects(aws, settings.store.bucket, kms_key=settings.store.kms_key))
     store = await DynamoStore.open(
-        AwsTable(aws, settings.store.table, clock=clock, rng=rng),
-        ObjectBodies(S3Objects(aws, settings.store.bucket, kms_key=settings.store.kms_key)),
+        table,
+        bodies,
         region=topology.region,
         members=topology.members,
         body_bytes_max=settings.store.body_file_bytes,
@@ -97,4 +104,6 @@ async def _open_dynamodb(
         scan=lambda pace: dynamodb_scrub.scrub(store, pace=pace, clock=clock),
         scrub_every_s=0.0,  # it reads the whole table, which costs: when an operator asks
         queues=queues_of(settings, aws),
+        leases=leases_of(settings, aws, clock=clock, rng=rng),
+        collect=lambda: bodies.collect(lambda thread_id: named_bodies(table, thread_id)),
     )

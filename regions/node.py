@@ -83,6 +83,8 @@ class Node(msgspec.Struct):
     coordinator: Coordinator
     notices: Notices
     service: PeerService
+    housekeeping: Held
+    """Held where this server is the one that keeps house."""
 
 
 @asynccontextmanager
@@ -277,6 +279,7 @@ async def open_node(
             coordinator=coordinator,
             notices=notices,
             service=service,
+            housekeeping=housekeeping,
         )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
+import aioboto3
 import pytest
 
 from infra.aws import Aws, AwsFault, AwsOptions, fault_of
@@ -39,7 +41,9 @@ async def put(aws: Aws, table: str, key: str, **more: Any) -> dict[str, Any]:
     return await aws.call("dynamodb", "PutItem", resource=table, TableName=table, Item={"p": {"S": key}}, **more)
 
 
-async def test_one_client_of_a_service_serves_all_who_ask_and_is_closed_at_the_end(place: AwsPlace) -> None:
+async def test_one_client_of_a_service_serves_all_who_ask_and_is_closed_at_the_end(
+    place: AwsPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with Aws(place.options) as aws:
         async with aws.client("s3") as one, aws.client("sqs") as queues:
             pass
@@ -49,6 +53,15 @@ async def test_one_client_of_a_service_serves_all_who_ask_and_is_closed_at_the_e
         assert (await one.list_buckets())["ResponseMetadata"]["HTTPStatusCode"] == 200
         assert aws.statistics().clients == ("s3", "sqs")
     assert aws.statistics().clients == ()
+    real = aioboto3.Session.client
+
+    @asynccontextmanager
+    async def slow(self: Any, *arguments: Any, **more: Any) -> AsyncIterator[Any]:
+        await asyncio.sleep(0)
+        async with real(self, *arguments, **more) as client:
+            yield client
+
+    monkeypatch.setattr(aioboto3.Session, "client", slow)
     opened = await asyncio.gather(*(_client_of(aws) for _ in range(8)))
     assert len(set(map(id, opened))) == 1, "those who ask at once get one"
     await aws.close()

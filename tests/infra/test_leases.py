@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from typing import Any
@@ -117,6 +118,39 @@ async def test_an_answer_that_was_lost_is_looked_up(clock: FakeClock) -> None:
     await other.step()
     await one.step()
     assert (one.held, other.held) == (True, False)
+
+
+async def test_a_holder_counts_from_before_it_asked_and_others_from_after_they_saw(clock: FakeClock) -> None:
+    class Late(MemoryLeases):
+        """What it does is done at once, and told four seconds later."""
+
+        async def read(self, name: str) -> LeaseRecord | None:
+            found = await super().read(name)
+            await clock.sleep(4.0 if found is not None else 0.0)
+            return found
+
+        async def write(self, name: str, record: LeaseRecord, seen: LeaseRecord | None) -> bool:
+            done = await super().write(name, record, seen)
+            await clock.sleep(4.0)
+            return done
+
+    records = Late()
+    one, other = lease("one", records, clock), lease("other", records, clock)
+    asked = asyncio.create_task(one.step())
+    await clock.advance(4.0)
+    assert one.held
+    looks = [asyncio.create_task(other.step())]
+    await clock.advance(5.9)
+    assert one.held and asked.done()
+    await clock.advance(0.4)
+    assert not one.held
+    looks.append(asyncio.create_task(other.step()))  # seen since 8.0, and told at 14.3
+    await clock.advance(4.0 + 4.0)
+    assert not other.held
+    looks.append(asyncio.create_task(other.step()))
+    await clock.advance(4.0 + 4.0)
+    assert other.held
+    await asyncio.gather(*looks)
 
 
 class Skewed:

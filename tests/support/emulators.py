@@ -34,7 +34,7 @@ def moto_server(*, log: Path) -> Iterator[str]:
     """Everything AWS that moto knows, for as many regions as are named to it, empty at first."""
     port = free_port()
     # No telemetry of any kind, and the machine's own AWS settings are none of its business.
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-m", "tests.support.motoserver", "-H", "127.0.0.1", "-p", str(port)]
     with _serving(command, port, log) as url:
         yield url
 
