@@ -87,6 +87,16 @@ async def open_region(
                 leases=opened.leases,
             )
         )
+        if opened.collect is not None:
+            collecting = Collecting(
+                opened.collect,
+                every_s=settings.store.collect_every_s,
+                lease=node.housekeeping,
+                clock=clock,
+                rng=random_source,
+            )
+            await collecting.start()
+            stack.push_async_callback(collecting.close)
         scrubbing = Scrubbing(
             opened.scan,
             every_s=opened.scrub_every_s,
