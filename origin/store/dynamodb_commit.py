@@ -228,11 +228,18 @@ class TableWriter:
                 if not left:
                     return outcomes
         finally:
-            for position in positions:
-                await self._feed.seal(position)
+            await self._give_back(positions)
         for place in left:
             outcomes[place] = base.StoreBusy("others write to the same thread all the time")
         return outcomes
+
+    async def _give_back(self, positions: Sequence[int]) -> None:
+        """Seal positions that were drawn for nothing, so that nobody has to wait for them."""
+        try:
+            for position in positions:
+                await self._feed.seal(position)
+        except (Throttled, Unanswered) as error:
+            _logger.warning("positions of the feed are left for others to seal: %s", error)
 
     async def _fence(
         self,

@@ -132,6 +132,7 @@ class TableFeed:
 
     def note(self, position: int, row: FeedRow | None) -> None:
         """What is at a position for good."""
+        self._missing.pop(position, None)
         if position > self.frontier:
             self._ahead[position] = row
         while (position := self.frontier + 1) in self._ahead:
@@ -179,7 +180,6 @@ class TableFeed:
             for position in unknown:
                 item = items.get(feed_key(position))
                 if item is not None:
-                    self._missing.pop(position, None)
                     self.note(position, feed_row_of(item))
                 elif now - self._missing.setdefault(position, now) > SEAL_AFTER_S:
                     await self.seal(position)
@@ -207,7 +207,6 @@ class TableFeed:
             return None
 
         item = await self._patiently(once)
-        self._missing.pop(position, None)
         self.note(position, None if item is None else feed_row_of(item))
         return item is not None and item.get("x") == transaction
 

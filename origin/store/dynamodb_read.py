@@ -53,7 +53,7 @@ from origin.store.dynamodb_items import (
     thread_pk,
     with_cold,
 )
-from origin.store.dynamodb_state import replayed
+from origin.store.dynamodb_state import is_of, replayed
 from origin.store.object_bodies import Bodies
 from origin.store.queries import (
     after_seq,
@@ -361,6 +361,8 @@ class TableReader:
 
         part = await self._part(keyed.thread_id, admit, enough)
         if part is None or not part.entries or part.entries[-1].entry.seq < keyed.last_seq:
+            return None
+        if not is_of([it.entry for it in part.entries], actor, idempotency):
             return None
         if keyed.fingerprint != idempotency.fingerprint:
             raise base.KeyReused(f"Idempotency-Key {idempotency.key!r} came before with another request")

@@ -114,7 +114,8 @@ class Unit:
         self.blind: dict[Key, Item | None] = {}
         """The same for what nobody else changes while the kept items are as they were."""
         self.early: set[Key] = set()
-        """Of the blind: what means nothing before the thread's item says so, and may be written ahead of it."""
+        """Of the blind: what means nothing before the thread's item says so, or stands by itself: it may be written
+        ahead."""
         self.bodies: dict[bytes, bytes] = {}
         """Bodies that have to be durable first."""
         self.feed: FeedRow | None = None
@@ -458,15 +459,8 @@ class TableState:
                 unit.early.add(key)
 
     def cut(self, log: TableLog, upto: int) -> Sequence[Entry]:
-        tail = log.cut(upto)
-        metas = list(keyed_spans(tail).values())
-        keys = [keyed_key(meta.issuer, meta.subject, meta.key or "") for meta in metas]
-        self.want(keys)
-        for key in keys:
-            keyed = keyed_of(self.get(key))
-            if keyed is not None and keyed.thread_id == log.thread_id and keyed.last_seq > upto:
-                self.drop(log.thread_id, key)
-        return tail
+        # Keyed requests that ended there are not taken out, and may be many: what they name decides (`is_of`).
+        return log.cut(upto)
 
     def recall(self, actor: Principal, idempotency: base.Idempotency) -> Written | None:
         keyed = keyed_of(self.get(keyed_key(actor.issuer, actor.subject, idempotency.key)))
@@ -474,10 +468,13 @@ class TableState:
             return None
         found = self.log(keyed.thread_id)
         if found.row is None or keyed.last_seq > found.row.v:
-            return None  # written ahead of a commit that never came
+            return None  # written ahead of a commit that never came, or cut
+        entries = found.span(keyed.first_seq, keyed.last_seq)
+        if not is_of(entries, actor, idempotency):
+            return None
         if keyed.fingerprint != idempotency.fingerprint:
             raise base.KeyReused(f"Idempotency-Key {idempotency.key!r} came before with another request")
-        return replayed(found.row, found.span(keyed.first_seq, keyed.last_seq))
+        return replayed(found.row, entries)
 
     # ------------------------------------------------------------ what is kept beside logs
 
@@ -498,21 +495,22 @@ class TableState:
         span = (SAVED, f"{operation.thread_id}#", f"{operation.thread_id}#~")
         thread_id = operation.thread_id
         unit = self.unit(thread_id)
+        changed: dict[Key, Item | None] = {}
         for item in self._fetched([span])[0]:
             kept = kept_of(item)
             entry = kept.saved.entry
-            if entry.id in operation.entry_ids:
-                unit.blind[saved_key(thread_id, entry.hash)] = None
-            elif entry.id in operation.buried:
-                unit.blind[saved_key(thread_id, entry.hash)] = None
+            if entry.id in operation.buried and entry.id not in operation.entry_ids:
                 key = saved_key(thread_id, entry.hash, buried=True)
                 buried = msgspec.structs.replace(kept.saved, buried=True)
-                unit.blind[key] = blob(key, msgspec.structs.replace(kept, saved=buried))
-        graves = self._fetched([(GRAVEYARD, span[1], span[2])])[0]
-        for item in graves:
+                changed[key] = blob(key, msgspec.structs.replace(kept, saved=buried))
+            if entry.id in operation.entry_ids or entry.id in operation.buried:
+                changed[saved_key(thread_id, entry.hash)] = None
+        for item in self._fetched([(GRAVEYARD, span[1], span[2])])[0]:
             entry = kept_of(item).saved.entry
             if entry.id in operation.entry_ids:
-                unit.blind[saved_key(thread_id, entry.hash, buried=True)] = None
+                changed[saved_key(thread_id, entry.hash, buried=True)] = None
+        unit.blind |= changed
+        unit.early |= set(changed)  # each by itself, and a grave before its entry goes: there may be any number
 
     def holds(self, thread_id: str) -> tuple[Access, ...]:
         return self.log(thread_id).holds
@@ -614,6 +612,17 @@ class TableState:
 
     def recount(self, operation: replication.Recount) -> None:
         return None
+
+
+def is_of(entries: Sequence[Entry], actor: Principal, idempotency: base.Idempotency) -> bool:
+    """Whether entries are what a keyed request appended: others may have taken their places since it was noted."""
+    last = entries[-1]
+    meta = keyed_spans((last,)).get(last.seq)
+    return (
+        meta is not None
+        and (meta.issuer, meta.subject, meta.key) == (actor.issuer, actor.subject, idempotency.key)
+        and meta.span == len(entries)
+    )
 
 
 def replayed(row: Row, entries: Sequence[Entry]) -> Written:

@@ -37,6 +37,7 @@ from origin.store.replication import (
     Promise,
     Promised,
     Recovery,
+    Release,
     Trim,
 )
 from origin.store.table_memory import Fault, MemoryTable, NoFaults, TableData
@@ -54,7 +55,7 @@ from tests.support.builders import (
     messages,
     received,
 )
-from tests.support.elections import check_logs, elect, ids_of
+from tests.support.elections import check_logs, elect, ids_of, log_of, send_all, submit_saved
 from tests.support.fakeclock import FakeClock
 
 T = "11111111-1111-4111-8111-111111111111"
@@ -459,6 +460,36 @@ async def test_a_long_write_that_is_overtaken_overwrites_nothing(region: Region,
     assert len(ids) == len(set(ids)) == 202
     assert answer.row.v == 202
     await check_logs(two, T)
+
+
+async def test_a_long_tail_of_keyed_requests_is_cut_saved_and_let_go_of(region: Region) -> None:
+    """None of it fits into a transaction, and what never fits would hold up all that comes behind it."""
+    new = await Region(PEER).server()
+    old = await region.server()
+    await commit_one(old, create(T))
+    await copy_threads(old, new, T)
+    for number in range(110):
+        await commit_one(old, append(T, message(f"m{number}"), idempotency=key(f"k{number}")))
+    await elect(new, PEER, 2)
+    await commit_one(new, append(T, message("n")))
+    await commit_one(old, AdoptGroup(GroupRow(HERE, 2, PEER, 2)))
+    await send_all(new, old, T, epoch=2)
+    assert await ids_of(old, T) == ["weft:create", "weft:term:2", "n"]
+    assert len(await old.saved(limit=1_000)) == 110
+    assert await old.replay(ANN, key("k0")) is None
+    assert await old.replay(ANN, key("k109")) is None
+    fates = await submit_saved(old, HERE, new, T)
+    assert set(fates.values()) == {"appended"}
+    await send_all(new, old, T, epoch=2)
+    assert await log_of(old, T) == await log_of(new, T)
+    for number in (0, 109):
+        assert await old.replay(ANN, key(f"k{number}")) is not None
+    ids = [f"m{number}" for number in range(110)]
+    await commit_one(old, Release(T, tuple(ids[:20]), tuple(ids[20:])))
+    assert list(await old.saved(limit=9)) == []
+    assert len(await old.saved(limit=1_000, buried=True)) == 90
+    await check_logs(old, T)
+    await new.close()
 
 
 async def test_bodies_that_no_item_holds_are_durable_before_they_are_named(region: Region) -> None:

@@ -43,7 +43,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, moto_url: str) -> Iterator
         )
         text = re.sub(r"\[store\]\n(?:.+\n)+", store, path.read_text())
         # moto is slow, and one process for all three regions.
-        path.write_text(text.replace("[sync]\n", "[sync]\nwrite_timeout_s = 300.0\n"))
+        text = text.replace("[sync]\n", "[sync]\nwrite_timeout_s = 300.0\n")
+        path.write_text(text.replace("[edge]\n", "[edge]\norigin_timeout_s = 300.0\n"))
     with running_cluster(data, port=port, environ=credentials_environ()) as running:
         yield running
 
