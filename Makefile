@@ -17,7 +17,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 # How many processes share the quick tests, file by file, and the long ones that only reckon, test by test. Those with
 # servers and clients of their own have the machine to themselves.
 TESTERS ?= 2
-RECKONING := tests/simulation tests/contract tests/origin
+RECKONING := tests/simulation tests/contract tests/origin tests/edge tests/browser
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -47,8 +47,8 @@ test-aws: install
 	$(BIN)/python -m pytest -m aws -q --durations=10 $(ARGS)
 
 test-full: install
-	$(BIN)/python -m pytest -m full -q --numprocesses=$(TESTERS) --dist=worksteal --durations=15 $(RECKONING) $(ARGS)
-	$(BIN)/python -m pytest -m full -q --durations=15 $(RECKONING:%=--ignore=%) $(ARGS)
+	$(BIN)/python -m pytest -m "full and not emulated" -q --numprocesses=$(TESTERS) --dist=worksteal --durations=15 $(RECKONING) $(ARGS)
+	$(BIN)/python -m pytest -m "full and not emulated" -q --durations=15 $(RECKONING:%=--ignore=%) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -31,7 +31,12 @@ class Engine(ThreadStore, ReplicaLog, Protocol): ...
 OpenEngine = Callable[..., Awaitable[Engine]]
 
 AWS_REGIONS = ("us-east-1", "eu-west-1", "ap-south-1")
-ENGINES = ["memory", "sqlite", "dynamodb", pytest.param("moto", marks=[pytest.mark.aws, pytest.mark.full])]
+ENGINES = [
+    "memory",
+    "sqlite",
+    "dynamodb",
+    pytest.param("moto", marks=[pytest.mark.aws, pytest.mark.full, pytest.mark.emulated]),
+]
 """dynamodb: over a table in memory; moto: over moto as a server, each region in an AWS region of its own."""
 
 

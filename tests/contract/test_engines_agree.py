@@ -453,15 +453,15 @@ def test_the_histories_say_something() -> None:
 @pytest.mark.full
 def test_memory_and_sqlite_give_the_same_outcomes_over_hundreds_of_histories() -> None:
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        told = sum(pool.map(_told, range(1_000, 1_300), chunksize=10), Counter[str]())
-    assert told["Written"] > 300
+        told = sum(pool.map(_told, range(1_000, 1_150), chunksize=10), Counter[str]())
+    assert told["Written"] > 150
 
 
 @pytest.mark.full
 def test_memory_and_dynamodb_give_the_same_outcomes_over_hundreds_of_histories() -> None:
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        told = sum(pool.map(_told_by_dynamodb, range(2_000, 2_200), chunksize=10), Counter[str]())
-    assert told["Written"] > 200
+        told = sum(pool.map(_told_by_dynamodb, range(2_000, 2_100), chunksize=10), Counter[str]())
+    assert told["Written"] > 100
 
 
 def _told(seed: int) -> Counter[str]:

@@ -602,7 +602,8 @@ async def test_a_reader_is_never_given_less_than_it_has_seen(store: ThreadStore)
 async def test_writes_of_many_callers_at_once_all_count_once(store: ThreadStore) -> None:
     await store.write(create(T, user("ann", team="red"), visibility="team"))
     writes = [append(T, message(f"m{number % 40}")) for number in range(80)]
-    answers = await asyncio.gather(*map(store.write, writes))
+    async with asyncio.timeout(120):
+        answers = await asyncio.gather(*map(store.write, writes))
     page = await store.read(T, ANN)
     assert sorted(body["id"] for body in bodies(page.messages)) == sorted(f"m{n}" for n in range(40))
     assert {answer.version.v for answer in answers} == set(range(2, 42))
