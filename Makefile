@@ -15,8 +15,9 @@ export UV_PYTHON_DOWNLOADS := never
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 
 # How many processes share the quick tests, file by file, and the long ones that only reckon, test by test. Those with
-# servers and clients of their own have the machine to themselves.
+# servers and clients of their own have the machine to themselves, and so have the schedules, which bring their processes.
 TESTERS ?= 2
+SCHEDULES := tests/simulation/test_simulation.py
 RECKONING := tests/simulation tests/contract tests/origin tests/edge tests/browser
 
 .DEFAULT_GOAL := help
@@ -47,7 +48,8 @@ test-aws: install
 	$(BIN)/python -m pytest -m aws -q --durations=10 $(ARGS)
 
 test-full: install
-	$(BIN)/python -m pytest -m "full and not emulated" -q --numprocesses=$(TESTERS) --dist=worksteal --durations=15 $(RECKONING) $(ARGS)
+	$(BIN)/python -m pytest -m full -q --durations=5 $(SCHEDULES) $(ARGS)
+	$(BIN)/python -m pytest -m "full and not emulated" -q --numprocesses=$(TESTERS) --dist=worksteal --durations=15 $(RECKONING) --ignore=$(SCHEDULES) $(ARGS)
 	$(BIN)/python -m pytest -m "full and not emulated" -q --durations=15 $(RECKONING:%=--ignore=%) $(ARGS)
 
 lint: install
