@@ -199,7 +199,7 @@ class Connection(asyncio.Protocol):
         except asyncio.CancelledError:
             if waiter.cancelled():
                 self.abort()
-            else:
+            elif waiter.exception() is None:
                 # It was answered in the same moment, and may be somebody else's by now.
                 waiter.result().close()
             raise
@@ -448,6 +448,8 @@ class Pool:
             raise ValueError("a header holds a line end")
         began = self._now()
         connection = self._take() or await self._connect(min(CONNECT_TIMEOUT_S, timeout_s))
+        if not connection.usable:
+            raise Unreachable("the origin closed the connection as soon as it was made")
         self._busy.add(connection)
         left_s = timeout_s - (self._now() - began)
         return await connection.ask(method, head, body, chunked=chunked, timeout_s=left_s, tell=tell)

@@ -7,6 +7,7 @@ only what opens them, turns their faults into the store's own, and keeps what is
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Final, TypeVar
@@ -32,6 +33,7 @@ from origin.store.table import ConditionFailed, Put, Refused, TableError, Thrott
 from origin.store.table import Table as AnyTable
 from origin.thread import ENTRIES_PER_THREAD_MAX, Entry, Row
 
+BEGIN_TRIES_MAX: Final = 50
 BODY_BYTES_MAX: Final = 262_144
 """A larger body goes to the body store: an item holds 400 KiB."""
 
@@ -53,6 +55,7 @@ class DynamoStore:
         self._writer = writer
         self._reader = reader
         self._region = region
+        self._one_at_a_time = asyncio.Lock()
 
     @classmethod
     async def open(
@@ -141,7 +144,8 @@ class DynamoStore:
     # ------------------------------------------------------------ writing
 
     async def commit(self, operations: Sequence[replication.Operation]) -> Sequence[replication.Outcome]:
-        return await _asked(self._writer.commit(operations))
+        async with self._one_at_a_time:
+            return await _asked(self._writer.commit(operations))
 
     async def write(self, write: base.Write) -> Written:
         [outcome] = await self.commit([write])
@@ -253,7 +257,7 @@ async def _asked(work: Awaitable[T]) -> T:
 
 async def _prepare(table: AnyTable, region: str, members: Sequence[str], clock: Clock, rng: random.Random) -> None:
     """Begin the region's data where there is none, and let settings name more regions before there is a record."""
-    while True:
+    for _ in range(BEGIN_TRIES_MAX):
         item = await patiently(lambda: table.get(CLUSTER), clock=clock, rng=rng)
         ver = rng.getrandbits(62)
         if item is None:
@@ -293,3 +297,6 @@ async def _prepare(table: AnyTable, region: str, members: Sequence[str], clock: 
             # Others may have begun it at the same time, or no answer came: look again.
             if not isinstance(error, ConditionFailed):
                 await clock.sleep(0.1)
+    raise base.StoreFailed(
+        "the region's data could not be begun: the table did not answer, or others change it all the time"
+    )

@@ -127,21 +127,29 @@ class TableWriter:
 
     async def load(self) -> None:
         """Read the cluster and the notices."""
+        for attempt in range(PASSES_MAX):
+            if await self._load_once():
+                return
+            await self._clock.sleep(0.01 * min(attempt, 32))
+        raise base.StoreFailed("the cluster in the table is not the one that positions are drawn under")
+
+    async def _load_once(self) -> bool:
+        """False when they changed while they were read."""
         counter = await self._feed.look()
         found = await self._patiently(lambda: self._table.get_many((CLUSTER, NOTICES, KEYS)))
         if CLUSTER not in found:
             raise base.StoreFailed("the table holds no region's data any more")
         recoveries = await self._all("R")
+        notices = await self._all("N") if NOTICES in found else ()
         item = found[CLUSTER]
+        # The counter was first: a change after it shows when positions are drawn.
+        if int_of(item, "ver") != int_of(counter, "gen"):
+            return False
         self._cluster = TableCluster(kept_cluster(item), int_of(item, "ver"), recoveries)
-        # The counter first: a change after it shows when positions are drawn.
         self._feed.generation = int_of(counter, "gen")
-        if int_of(item, "ver") != self._feed.generation:
-            await self._clock.sleep(0)
-            return await self.load()
-        self._notices = TableNotices(found.get(NOTICES), await self._all("N") if NOTICES in found else ())
+        self._notices = TableNotices(found.get(NOTICES), notices)
         self.keys_before_us = int_of(found.get(KEYS, {}), "before")
-        return None
+        return True
 
     async def _all(self, pk: str) -> list[Item]:
         items: list[Item] = []

@@ -647,8 +647,11 @@ async def test_appending_to_a_long_thread_costs_what_it_costs_in_a_short_one(
 
 
 @pytest.mark.full
-async def test_a_thread_of_100_000_messages_is_read_and_appended_page_by_page(store: ThreadStore) -> None:
-    count, size = 100_000, 1_000
+async def test_a_thread_of_100_000_messages_is_read_and_appended_page_by_page(
+    store: ThreadStore, request: pytest.FixtureRequest
+) -> None:
+    # moto needs minutes for all; the table in memory, which has DynamoDB's limits, takes them.
+    count, size = (5_000 if "moto" in request.node.name else 100_000), 1_000
     await store.write(create(T))
     for start in range(0, count, size):
         await store.write(append(T, *(message(f"m{n}") for n in range(start, start + size))))
@@ -660,7 +663,7 @@ async def test_a_thread_of_100_000_messages_is_read_and_appended_page_by_page(st
             break
         after = page.next_after
     assert seen == count
-    assert (await store.write(append(T, message("m99999")))).version == Version(1, 100_001)
+    assert (await store.write(append(T, message(f"m{count - 1}")))).version == Version(1, count + 1)
 
 
 def _raw(id: str, body: str) -> Any:

@@ -152,6 +152,34 @@ async def test_who_leaves_when_the_answer_comes_harms_nobody_who_has_the_connect
     assert len(origin.writers) == 1
 
 
+async def test_who_leaves_when_the_connection_is_lost_has_left(origin: Origin, pool: Pool) -> None:
+    """Told of the loss instead, it would ask again, for nobody."""
+    origin.answers = [None]
+    asking = asyncio.create_task(ask(pool))
+    await until(lambda: origin.requests, "it is asked")
+    [connection] = pool._busy
+    connection.abort()
+    asking.cancel()
+    await asyncio.wait([asking])
+    assert asking.cancelled()
+
+
+async def test_a_connection_that_is_lost_before_it_is_used_carried_nothing(
+    origin: Origin, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = Pool._connect
+
+    async def lost(self: Pool, timeout_s: float) -> connections.Connection:
+        connection = await connect(self, timeout_s)
+        connection.abort()
+        return connection
+
+    monkeypatch.setattr(Pool, "_connect", lost)
+    with pytest.raises(Unreachable, match="as soon as it was made"):
+        await ask(pool)
+    assert pool.statistics() == connections.ConnectionsStatistics(0, 0)
+
+
 async def test_a_line_end_in_a_header_is_sent_to_nobody(origin: Origin, pool: Pool) -> None:
     for value in ("a\r\nX: b", "a\nb", "a\rb"):
         with pytest.raises(ValueError, match="line end"):

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge.fastpath import without_trace
+from edge.framing import EMPTY_LINES_MAX
 from tests.edge.conftest import FakeRegion, RunningEdge, StartEdge, until
 from tests.edge.wiretap import Answer, Client, connected
 
@@ -407,7 +408,17 @@ def comparable(answer: Answer) -> object:
     return answer.status, list(headers.items()), body
 
 
+def within_limits(names: list[str]) -> list[str]:
+    """Without the empty lines that are too many in a row: where the refusal of those falls depends on the cuts."""
+    kept: list[str] = []
+    for name in names:
+        if kept[-EMPTY_LINES_MAX:] != ["empty"] * EMPTY_LINES_MAX or name != "empty":
+            kept.append(name)
+    return kept
+
+
 async def answers(edge: RunningEdge, names: list[str], cuts: list[int]) -> list[object]:
+    names = within_limits(names)
     stream = b"".join(piece(edge, name, n) for n, name in enumerate(names))
     expected = [name for name in names if name != "empty"]
     for last in ("bad", "close"):

@@ -340,7 +340,7 @@ async def test_the_fast_path_changes_no_answer_of_the_cache(start_edge: StartEdg
             return found, await play(slow, below, steps, clock)
 
         @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(st.lists(STEPS, min_size=6, max_size=30))
+        @given(st.lists(STEPS, min_size=12, max_size=40))
         def same(steps: list[Any]) -> None:
             first, second = asyncio.run_coroutine_threadsafe(both(steps), loop).result(60)
             assert first == second
